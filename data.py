@@ -329,6 +329,10 @@ class Trie:
         self.start = np.concatenate(([0], np.cumsum(size)))  # leaf -> its range in path_token, path_node
         self.path_token, self.path_node = table[table >= 0], nodes[nodes >= 0]
         self.leaf_of_item = leaf_of
+        self.stop = np.arange(self.n_nodes)  # where the titles below a node part, or its leaf where there is one title
+        for d in range(self.depth.max() - 1, 0, -1):
+            n = np.flatnonzero((self.depth == d) & (self.fan == 1))
+            self.stop[n] = self.stop[self.child[n]]
         self.items = np.argsort(leaf_of, kind="stable")  # items in the order of their leaves
         self.first_item = np.searchsorted(leaf_of[self.items], np.arange(self.n_leaves + 1))
         for name, value in vars(self).items():

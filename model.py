@@ -31,7 +31,7 @@ class Config:
     num_key_value_heads: int  # H / G
     vocab_size: int
     head_dim: int = 0  # D; 0 means hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # None or llama3's factor, low_freq_factor, high_freq_factor, ...
     tie_word_embeddings: bool = True
@@ -81,7 +81,7 @@ class Config:
             eos_token_id=eos,
         )
         missing = [k for k, f in Config.__dataclass_fields__.items() if own.get(k) is None and k != "rope_scaling"]
-        missing = [k for k in missing if k in c or not isinstance(Config.__dataclass_fields__[k].default, (int, float))]
+        missing = [k for k in missing if not isinstance(Config.__dataclass_fields__[k].default, (int, float))]
         if missing or eos is None:
             raise InputError(f"{path}: key {', '.join(missing or ['eos_token_id'])} is missing")
         return Config(**own)
@@ -136,16 +136,19 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens so far, one slot per token. Written in order; nothing is ever moved or copied."""
+    """Keys and values of the tokens so far, one slot per token, in the order of the calls; room grows by doubling."""
 
     def __init__(self, c: Config, B: int, size: int, like: Tensor):
         shape = (c.num_hidden_layers, B, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v, self.n = like.new_empty(shape), like.new_empty(shape), 0
+        self.k, self.v, self.n = like.new_zeros(shape), like.new_zeros(shape), 0  # zeros: a masked NaN is a NaN still
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.n + k.shape[2]
-        self.k[layer][:, :, self.n : end], self.v[layer][:, :, self.n : end] = k, v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        if end > self.k.shape[3]:
+            room = 0, 0, 0, max(end, 2 * self.n) - self.k.shape[3]
+            self.k, self.v = F.pad(self.k, room), F.pad(self.v, room)
+        self.k[layer, :, :, self.n : end], self.v[layer, :, :, self.n : end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -287,15 +290,16 @@ def add_lora(
     """Freezes the model and puts adapters beside the linear layers whose names are in targets."""
     model.requires_grad_(False)
     names = {t.strip() for t in targets.split(",")}
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in names]
+    blocks = model.layers  # not lm_head: `logits` reads its weight alone
+    found = [(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in names]
     if unknown := names - {n.rpartition(".")[2] for n, _ in found}:
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted({n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
         raise InputError(
-            f"--lora_targets: no linear layer is named {', '.join(sorted(unknown))}; there are {', '.join(linear)}"
+            f"--lora_targets: no block has a linear layer {', '.join(sorted(unknown))}; it has {', '.join(linear)}"
         )
     for name, base in found:
         setattr(
-            model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRALinear(base, r, alpha, dropout)
+            blocks.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRALinear(base, r, alpha, dropout)
         )
     return model
 
@@ -404,10 +408,13 @@ def load_lora(model: Llama, folder: Path) -> Llama:
         args = c["r"], c["lora_alpha"], c["lora_dropout"], ",".join(c["target_modules"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise InputError(f"{folder}/adapter_config.json: cannot be read ({e!r})") from None
+    for key in ("use_rslora", "alpha_pattern", "target_modules"):  # another scale, or targets as a regular expression
+        if c.get(key) and not isinstance(c[key], list):
+            raise InputError(f"{folder}/adapter_config.json: {key} is {c[key]!r}, which is not supported here")
     add_lora(model, *args)
     file = folder / "adapter_model.safetensors"
     tensors = read_safetensors(file)
-    assign(model, {k: v.float() for k, v in tensors.items()}, peft_name, file)
+    assign(model, {k: v.to(model.head.device, torch.float32) for k, v in tensors.items()}, peft_name, file)
     if not any(v.any() for k, v in tensors.items() if "lora_B" in k):
         raise InputError(f"{file}: all of lora_B is zero, so these adapters change nothing: were they ever trained?")
     return model

@@ -1,0 +1,87 @@
+"""Small pieces the tests share: a tiny Llama with spread-out weights, prompts with items, and where real data lies.
+
+A test module imports what it needs: `from conftest import PLANS, prompts, tiny_model`.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import Config, Llama
+
+REPO = Path(__file__).resolve().parents[1]
+VOCAB = 64
+KINDS = ("IN", "OR", "CR", "IN-closed")
+PLANS = ("OR", "IN", "CR", "IN-closed", "IN:1 OR:2 CR:1", "IN-closed:2 OR:1 CR:1")  # of the 4 layers of tiny_model
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def data_root(name: str = "") -> Path:
+    """The folder of a prepared data set: in $HATLLM_DATA, ../shared/data or data/; skips where there is none."""
+    places = [Path(p) / name for p in (os.environ.get("HATLLM_DATA"), REPO / "../shared/data", REPO / "data") if p]
+    if found := [p for p in places if p.is_dir()]:
+        return found[0].resolve()
+    pytest.skip(f"no data {name} in {' or '.join(map(str, places))}; set HATLLM_DATA")
+
+
+def weights_root(name: str = "smollm2-135m") -> Path:
+    """The folder of real weights: in $HATLLM_WEIGHTS, else weights/; skips where there is none."""
+    folder = Path(os.environ.get("HATLLM_WEIGHTS", REPO / "weights")) / name
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no weights in {folder}; set HATLLM_WEIGHTS or run fetch.py")
+    return folder
+
+
+def tiny_config(**changes) -> Config:
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB)
+    return Config(**small | dict(num_key_value_heads=2, tie_word_embeddings=False) | changes)
+
+
+def spread(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights that leave nothing near zero or one: wrong norms, scales and positions must show in the output."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.data = torch.rand(p.shape, generator=g) + 0.5
+        else:
+            std = 0.5 if p.dim() == 1 or "embed" in name else 1.0 / p.shape[1] ** 0.5
+            p.data = torch.randn(p.shape, generator=g) * std
+    return model
+
+
+def tiny_model(plan: str = "OR", seed: int = 0, **changes) -> Llama:
+    return spread(Llama(tiny_config(**changes), plan), seed).eval()
+
+
+def prompt(rng: random.Random, items: int = 3) -> list[int]:
+    """The items of a prompt's tokens: context, titles with or without a separator, and a target."""
+    out = [0] * rng.randint(1, 3)
+    for k in range(1, items + 1):
+        out += [k] * rng.randint(1, 4) + [0] * rng.randint(0, 1)
+    return out + [items + 1] * rng.randint(2, 3)
+
+
+def prompts(n: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """n unpadded prompts of different lengths: tokens (1, T), item (1, T)."""
+    rng = random.Random(seed)
+    items = [prompt(rng, 2 + k % 3) for k in range(n)]
+    return [(torch.tensor([[rng.randrange(VOCAB) for _ in t]]), torch.tensor([t])) for t in items]
+
+
+def pad(texts: list[tuple[Tensor, Tensor]], more: int = 2) -> tuple[Tensor, Tensor]:
+    """One batch (B, T) of tokens and items, right-padded by `more` than needed; padding is any token, item -1."""
+    T = max(t.shape[1] for t, _ in texts) + more
+    tokens, item = torch.randint(VOCAB, (len(texts), T)), torch.full((len(texts), T), -1)
+    for b, (t, i) in enumerate(texts):
+        tokens[b, : t.shape[1]], item[b, : i.shape[1]] = t[0], i[0]
+    return tokens, item
