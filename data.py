@@ -129,6 +129,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.target)
 
+    def histories(self) -> list[list[int]]:
+        return [[i for i in h if i >= 0] for h in self.history.tolist()]
+
     def __getitem__(self, at) -> "Windows":
         return Windows(self.history[at], self.target[at], self.user[at], self.time[at])
 
@@ -412,13 +415,16 @@ class Example:
     targets: list[tuple[int, int]]
 
 
+def window_examples(windows: Windows) -> list[Example]:
+    return [Example(h, [(len(h), t)]) for h, t in zip(windows.histories(), windows.target.tolist(), strict=True)]
+
+
 def examples(data: Dataset, targets: str = "last", share: bool = True) -> list[Example]:
     """What an epoch goes through. last: a training window an example, the published recipe. all: every item of the
     training part that has one before it is a target once; those of a stretch of HISTORY items share one example (the
     next stretch starts STRIDE later, so that no history is cut to less than HISTORY - STRIDE), or, to compare, none."""
     if targets == "last":
-        rows = zip(data.train.history.tolist(), data.train.target.tolist(), strict=True)
-        return [Example(h := [i for i in history if i >= 0], [(len(h), t)]) for history, t in rows]
+        return window_examples(data.train)
     out = []
     for s in data.sequences:
         first = 1
@@ -439,17 +445,14 @@ class Batch:
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the token to predict there
     node: Tensor  # (R,) trie node of the title so far: its children are what may follow
-    n_tokens: (
-        int  # title tokens of all targets, end tokens and those that need no row included: what a loss is a mean of
-    )
-    n_targets: int
 
     def to(self, device) -> "Batch":
-        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
+        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
 
 
 def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
-    """An example as arrays: tokens, item, branch, fork (T,), at, next, node (R,), and n_tokens.
+    """An example as arrays: tokens, item, branch, fork (T,), at, next, node (R,), and n_tokens, the number
+    of title tokens with the end tokens, those without a row included: what a loss is a mean of.
 
     trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no row; and what
     comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
@@ -480,20 +483,19 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     return {name: np.concatenate(v) for name, v in out.items()} | {"n_tokens": n_tokens}
 
 
-def collate(cat: Catalogue, chosen: list[Example], trie_only: bool = False) -> Batch:
-    coded = [encode(cat, e, trie_only) for e in chosen]
+def collate(coded: list[dict]) -> Batch:
+    """Encoded examples, right-padded."""
     B, T = len(coded), max(len(c["tokens"]) for c in coded)
     grid = {name: np.full((B, T), -1 if name == "item" else 0) for name in ("tokens", "item", "branch", "fork")}
     for b, c in enumerate(coded):
         for name, values in grid.items():
             values[b, : len(c[name])] = c[name]
-        c["at"] += b * T
     flat = {name: torch.from_numpy(np.concatenate([c[name] for c in coded])) for name in ("at", "next", "node")}
+    flat["at"] += torch.repeat_interleave(torch.arange(B) * T, torch.tensor([len(c["at"]) for c in coded]))
     tokens, item, branch, fork = (torch.from_numpy(v) for v in grid.values())
     if not branch.any():
         branch = fork = None
-    n_tokens, n_targets = sum(c["n_tokens"] for c in coded), sum(len(e.targets) for e in chosen)
-    return Batch(tokens, item, branch, fork, flat["at"], flat["next"], flat["node"], n_tokens, n_targets)
+    return Batch(tokens, item, branch, fork, flat["at"], flat["next"], flat["node"])
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor]:

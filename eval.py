@@ -1,19 +1,11 @@
 """From a trained model to recommendations and numbers.
 
-    python eval.py --out out/beauty                                  # HR, NDCG on the test split, beside popularity
-    python eval.py --out out/beauty --recommend "title a" "title b"  # what comes next for a history typed by hand
-
-The decoder knows token ids and the trie, no text. Its search is best first: a prefix's score only falls as the title
-grows, so once no waiting prefix scores above the K-th finished title, the top K is exact.
-Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L leaves (titles).
+python eval.py --out out/beauty                                  # HR, NDCG on the test split, beside popularity
+python eval.py --out out/beauty --recommend "title a" "title b"  # what comes next for a history typed by hand
 """
 
-import argparse
 import difflib
-import inspect
 import json
-import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -21,214 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 import data
 import model as llama
-from data import Catalogue, Dataset, Trie, Windows
-from hatllm import InputError, Layout, layout
-from model import Cache, Llama
+from common import World, choose, device_and_dtype, newest, parse_flags, run, write_json
+from data import Catalogue, Dataset, Windows
+from decode import Decoder
+from hatllm import InputError
+from model import Llama
 
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
-SLICES = {"cold": (0, 4), "warm": (5, 19), "hot": (20, np.inf)}  # how often a target occurs in training
-ROWS = 512  # rows of V-wide logits at a time
-
-
-def children(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes."""
-    fan = trie.fan[nodes]
-    row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan)
-    first = torch.cumsum(fan, 0) - fan
-    return row, trie.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
-
-
-def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
-    """z (M,) with row (M,) in 0 .. n-1 -> (n,) logsumexp of every row's values."""
-    top = z.new_full((n,), -torch.inf).scatter_reduce(0, row, z.detach(), "amax")
-    return top + z.new_zeros(n).index_add(0, row, (z - top[row]).exp()).log()
-
-
-def trie_logits(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h (F, d) after the prefixes nodes (F,) -> row, child, logit / tau (M,): columns of tokens that can follow."""
-    row, child = children(trie, nodes)
-    columns, at = torch.unique(trie.token[child], return_inverse=True)
-    return row, child, model.logits(h, columns)[row, at] / tau
-
-
-def trie_nll(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, follow: Tensor, tau: float = 1.0) -> Tensor:
-    """Masked softmax (MSL, SIGIR 2025, eq. 5): -log of the token follow (F,) among those that continue some title."""
-    row, child, z = trie_logits(model, trie, h, nodes, tau)
-    return segment_logsumexp(z, row, len(nodes)) - z[trie.token[child] == follow[row]]
-
-
-def full_nll(model: Llama, h: Tensor, follow: Tensor) -> Tensor:
-    """-log of the token follow (F,) among the whole vocabulary, h (F, d)."""
-    return F.cross_entropy(model.logits(h), follow, reduction="none")
-
-
-def best_first(user: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) -> order (M,) that sorts by user, then by falling score; rank (M,) within the user, along that order."""
-    order = torch.argsort(score, descending=True, stable=True)
-    order = order[torch.argsort(user[order], stable=True)]
-    user = user[order]
-    return order, torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
-
-
-@dataclass
-class Ranking:
-    leaf: Tensor  # (B, K) titles, best first; -1 where the catalogue has fewer
-    score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
-    exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
-
-
-class Decoder:
-    """Titles after a prompt, under one of two scores:
-
-    trie  every token renormalised over those that continue some title: a distribution over the catalogue. A token that
-          alone can follow has probability 1 and costs nothing, so a title is done once it is the only one left.
-    full  log-softmax over the whole vocabulary, the trie only forbids: as Hugging Face's prefix_allowed_tokens_fn does.
-    """
-
-    def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
-        self.model, self.trie, self.full, self.tau = model, trie, score == "full", tau
-
-    def prefill(self, tokens: Tensor, item: Tensor) -> Tensor:
-        """The prompts (B, T), right-padded, once -> (B, d) where the title begins."""
-        self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
-        self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
-        self.cache = Cache(self.model.config, *item.shape, self.model.head)
-        h = self.model(tokens, layout(item), self.cache)
-        return h[torch.arange(len(item), device=h.device), self.length - 1]
-
-    def feed(self, nodes: Tensor) -> Tensor:
-        """nodes (B, Q), -1 for none -> (B, Q, d). A node sees the prompt and its ancestors in the trie, once fed: every
-        prefix is computed once, the prompt's keys and values serve all of them, and no cache is ever reordered."""
-        trie, Q = self.trie, nodes.shape[1]
-        self.slots = torch.cat((self.slots, nodes), 1)
-        q, k = nodes[:, :, None], self.slots[:, None, :]
-        above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
-        above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)
-        above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
-        sees = torch.cat(((self.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)
-        item = torch.cat((self.item, torch.where(self.slots >= 0, self.title[:, None], -1)), 1)
-        pos = self.length[:, None] + trie.depth[nodes] - 1
-        return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache)
-
-    def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
-        row, child, z = trie_logits(self.model, self.trie, h, nodes, self.tau)
-        if self.full:
-            total = torch.cat([self.model.logits(part).logsumexp(-1) for part in h.split(ROWS)])
-        else:
-            total = segment_logsumexp(z, row, len(nodes))
-        return row, child, z - total[row]
-
-    def advance(self, user: Tensor, nodes: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Feeds prefixes (F,), sorted by user, on to where their titles part or end -> h (F, d) there, node, score."""
-        trie = self.trie
-        stop = trie.stop[nodes]
-        n = trie.depth[stop] - trie.depth[nodes] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
-        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-        flat = torch.arange(len(row), device=n.device)
-        path = (trie.start[trie.leaf[nodes]] + trie.depth[nodes] - 1 - (n.cumsum(0) - n))[row] + flat
-        column = flat - torch.searchsorted(user[row], user[row])
-        grid = nodes.new_full((len(self.item), int(column.max()) + 1), -1)
-        grid[user[row], column] = trie.path_node[path]
-        h = self.feed(grid)[user[row], column]
-        last = n.cumsum(0) - 1
-        if self.full:  # the tokens between are certain to follow in the trie, but not in the vocabulary
-            inner = torch.ones_like(row, dtype=torch.bool)
-            inner[last[trie.fan[stop] > 0]] = False
-            at = flat[inner].split(ROWS)
-            nll = [full_nll(self.model, h[i], trie.token[trie.path_node[path[i] + 1]]) for i in at]
-            score = score.index_add(0, row[inner], -torch.cat(nll)) if nll else score
-        return h[last], stop, score
-
-    @torch.inference_mode()
-    def search(
-        self, tokens: Tensor, item: Tensor, k: int = 10, beam: int = 20, exact: bool = True, limit: int = 1024
-    ) -> Ranking:
-        """The k best titles after each prompt (B, T). Every step takes the `beam` best waiting prefixes of a user one
-        branching further. Prefixes beyond these wait (exact), or are dropped as in a plain beam search; Ranking.exact
-        tells for whom that cannot have mattered. limit: tokens a user may cost, after which the rest is dropped."""
-        trie, B = self.trie, len(item)
-        h, user = self.prefill(tokens, item), torch.arange(B, device=item.device)
-        front = user, torch.zeros_like(user), torch.zeros(B, device=item.device)  # user, node, score; h is known
-        done = wait = [x[:0] for x in front]  # finished titles; prefixes that are not fed yet
-        bound = torch.full((B,), -torch.inf, device=item.device)  # the best score among the dropped
-        while True:
-            row, child, logp = self.expand(h, front[1])
-            new = front[0][row], child, front[2][row] + logp
-            over = (trie.fan[child] if self.full else trie.leaves[child] - 1) == 0
-            wait = [torch.cat((w, x[~over])) for w, x in zip(wait, new, strict=True)]
-            done = [torch.cat((d, x[over])) for d, x in zip(done, new, strict=True)]
-            done, threshold = self.top(done, k, B)
-            wait = [x[wait[2] > threshold[wait[0]]] for x in wait]  # the others can no longer enter the top k
-            order, rank = best_first(wait[0], wait[2])
-            now, later = order[rank < beam], order[rank >= beam]
-            if self.cache.n - item.shape[1] >= limit:
-                now, later, exact = order[:0], order, False
-            if not exact:
-                bound.scatter_reduce_(0, wait[0][later], wait[2][later], "amax")
-                later = later[:0]
-            if not len(now):
-                break
-            user = wait[0][now]
-            h, nodes, score = self.advance(user, wait[1][now], wait[2][now])
-            wait = [x[later] for x in wait]
-            ended = trie.fan[nodes] == 0  # under full scores
-            done = [torch.cat((d, x[ended])) for d, x in zip(done, (user, nodes, score), strict=True)]
-            front, h = [x[~ended] for x in (user, nodes, score)], h[~ended]
-        leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
-        rank = best_first(done[0], done[2])[1]
-        leaf[done[0], rank], score[done[0], rank] = trie.leaf[done[1]], done[2]
-        return Ranking(leaf, score, bound <= score[:, -1])
-
-    @staticmethod
-    def top(done: list[Tensor], k: int, B: int) -> tuple[list[Tensor], Tensor]:
-        """The k best of every user, sorted, and the score (B,) of the k-th, -inf where there are fewer."""
-        order, rank = best_first(done[0], done[2])
-        done, rank = [x[order[rank < k]] for x in done], rank[rank < k]
-        threshold = torch.full((B,), -torch.inf, device=rank.device)
-        threshold[done[0][rank == k - 1]] = done[2][rank == k - 1]
-        return done, threshold
-
-    @torch.inference_mode()
-    def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
-        """Exact log-probabilities (B, n) of the titles leaves (B, n): all prefixes of a user's titles in one tree."""
-        trie, (B, n) = self.trie, leaves.shape
-        size = (trie.start[leaves + 1] - trie.start[leaves]).flatten()
-        pair = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)
-        first = trie.start[leaves].flatten() - (size.cumsum(0) - size)
-        user, node = pair // n, trie.path_node[first[pair] + torch.arange(len(pair), device=leaves.device)]
-        need = (trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)
-        # depth first: a subtree is a run of columns, and whole subtrees of the root can be fed one after the other
-        deep = int(trie.depth.max()) + 1
-        key = torch.unique((user[need] * trie.n_leaves + trie.leaf[node[need]]) * deep + trie.depth[node[need]])
-        u, leaf, depth = key // deep // trie.n_leaves, key // deep % trie.n_leaves, key % deep
-        column = torch.arange(len(key), device=key.device) - torch.searchsorted(u, u)
-        grid = leaves.new_full((B, int(column.max()) + 1 if len(key) else 0), -1)
-        grid[u, column] = trie.path_node[trie.start[leaf] + depth - 1]
-        h, edge = self.prefill(tokens, item), torch.zeros(B, trie.n_nodes, device=leaves.device)
-        row, child, logp = self.expand(h, torch.zeros(B, dtype=torch.long, device=leaves.device))
-        edge[row, child] = logp
-        for part in self.subtrees(grid):
-            self.slots, self.cache.n = self.slots[:, :0], item.shape[1]
-            h, (b, c) = self.feed(part), torch.nonzero(part >= 0, as_tuple=True)
-            row, child, logp = self.expand(h[b, c], part[b, c])
-            edge[b[row], child] = logp
-        return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[user, node]).view(B, n)
-
-    def subtrees(self, grid: Tensor) -> list[Tensor]:
-        """Cuts grid (B, N) of nodes, depth first, into parts of about ROWS columns, where all users begin a subtree."""
-        cuts = torch.nonzero(((grid < 0) | (self.trie.depth[grid] == 1)).all(0)).flatten().tolist() + [grid.shape[1]]
-        parts, a = [], 0
-        for cut, next_cut in zip(cuts, cuts[1:], strict=False):
-            if next_cut - a > ROWS and cut > a:
-                parts, a = [*parts, grid[:, a:cut]], cut
-        return [*parts, grid[:, a:]] if grid.shape[1] else []
+SEEN = ((0, 4), (5, 19), (20, 10**9))  # slices of the report: how often the target occurs in training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +38,7 @@ def hits(before: np.ndarray, ties: np.ndarray, k: int) -> np.ndarray:
 
 
 def gains(before: np.ndarray, ties: np.ndarray, k: int) -> np.ndarray:
-    """NDCG@k (N,) for one relevant item, 1 / log2(1 + rank) up to rank k, the expectation over the orders of the tied."""
+    """NDCG@k (N,) for one relevant item, 1 / log2(1 + rank) up to rank k, expected over the orders of the tied."""
     sums = np.concatenate(([0], np.cumsum(1 / np.log2(2 + np.arange(k)))))
     return (sums[np.minimum(k, before + ties).astype(int)] - sums[np.minimum(k, before).astype(int)]) / ties
 
@@ -280,7 +76,9 @@ def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
     return out
 
 
-def recommend(decoder: Decoder, cat: Catalogue, histories: list, k: int, beam: int, exact: bool, exclude: bool) -> list[dict]:
+def recommend(
+    decoder: Decoder, cat: Catalogue, histories: list, k: int, beam: int, exact: bool, exclude: bool
+) -> list[dict]:
     """The items of the k best titles for every history, as predictions.jsonl has them. A title that several items bear
     lists all of them. exclude leaves out what is in the history. A batch that is too large for the memory is halved."""
     device = decoder.model.head.device
@@ -290,17 +88,25 @@ def recommend(decoder: Decoder, cat: Catalogue, histories: list, k: int, beam: i
         ranking = decoder.search(tokens, item, min(k + more, cat.trie.n_leaves), beam, exact)
     except torch.OutOfMemoryError:
         if len(histories) == 1:
-            raise InputError("one user alone does not fit into the memory; lower --beam or use a smaller model") from None
+            raise InputError(
+                "one user alone does not fit into the memory; lower --beam or use a smaller model"
+            ) from None
         torch.cuda.empty_cache()
         half = len(histories) // 2
-        return [r for h in (histories[:half], histories[half:]) for r in recommend(decoder, cat, h, k, beam, exact, exclude)]
+        return [
+            r for h in (histories[:half], histories[half:]) for r in recommend(decoder, cat, h, k, beam, exact, exclude)
+        ]
     items, first = cat.trie.items.tolist(), cat.trie.first_item.tolist()
     out = []
     for history, leaves, scores, sure in zip(histories, *(x.tolist() for x in vars(ranking).values()), strict=True):
         seen = set(history) if exclude else set()
-        groups = [([i for i in items[first[x] : first[x + 1]] if i not in seen], s) for x, s in zip(leaves, scores, strict=True) if x >= 0]
+        groups = [
+            ([i for i in items[first[x] : first[x + 1]] if i not in seen], s)
+            for x, s in zip(leaves, scores, strict=True)
+            if x >= 0
+        ]
         groups = [g for g in groups if g[0]][:k]
-        out.append({"items": [g for g, _ in groups], "scores": [round(s, 5) for _, s in groups], "exact": sure})
+        out.append({"items": [g for g, _ in groups], "scores": [s for _, s in groups], "exact": sure})
     return out
 
 
@@ -315,3 +121,165 @@ def positions(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
                 before[n] = sum(sizes[: same.index(True)])
                 ties[n] = sum(size for size, tied in zip(sizes, same, strict=True) if tied)
     return before, ties
+
+
+def evaluate(decoder: Decoder, cat: Catalogue, windows: Windows, flags: "Flags") -> list[dict]:
+    """A prediction per window, in the order of windows: user, history, target, and what `recommend` found."""
+    histories = windows.histories()
+    tree = 4 * flags.beam  # columns for the title tokens, so that the budget bounds the memory
+    todo = batches([len(cat.prompt(h)[0]) + tree for h in histories], flags.tokens)
+    predictions = [None] * len(windows)
+    with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
+        for at in todo:
+            found = recommend(
+                decoder, cat, [histories[i] for i in at], flags.k, flags.beam, flags.exact, flags.exclude_history
+            )
+            for i, p in zip(at, found, strict=True):
+                own = {"user": int(windows.user[i]), "history": histories[i], "target": int(windows.target[i])}
+                predictions[i] = own | p
+            bar.update(len(at))
+    return predictions
+
+
+def report(predictions: list[dict], d: Dataset) -> dict:
+    """Metrics of all windows and of slices: how often the target occurs in training, how long the history is."""
+    before, ties = positions(predictions)
+    seen = d.counts[[p["target"] for p in predictions]]
+    length = np.array([len(p["history"]) for p in predictions])
+    slices = {f"target seen {a}-{b} times".replace("-1000000000", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
+    slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
+    out = {"n": len(predictions), "exact": float(np.mean([p["exact"] for p in predictions]))} | metrics(before, ties)
+    return out | {
+        "slices": {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """name -> metrics, as lines."""
+    names = [f"{m}@{k}" for m in ("HR", "NDCG") for k in KS]
+    wide = max(map(len, rows)) + 2
+    lines = [" " * wide + "".join(f"{n:>9}" for n in names)]
+    return "\n".join(lines + [f"{name:<{wide}}" + "".join(f"{r[n]:9.4f}" for n in names) for name, r in rows.items()])
+
+
+def auc(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budget: int) -> list[float]:
+    """Per window, the share of `negatives` random titles that score below the target; a tie counts half. The
+    titles depend on the window's user and target alone, and the target's is not among them."""
+    trie, device = cat.trie, decoder.model.head.device
+    histories = windows.histories()
+    todo = batches([len(cat.prompt(h)[0]) + 4 * negatives for h in histories], budget)
+    result = np.zeros(len(windows))
+    for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
+        own = trie.leaf_of_item[torch.from_numpy(windows.target[at]).to(device)].cpu()
+        draw = [
+            np.random.default_rng((windows.user[i], windows.target[i])).integers(0, trie.n_leaves - 1, negatives)
+            for i in at
+        ]
+        others = torch.from_numpy(np.stack(draw))
+        others += others >= own[:, None]  # skips the target
+        tokens, item = data.collate_prompts(cat, [histories[i] for i in at])
+        score = decoder.score(tokens.to(device), item.to(device), torch.cat((own[:, None], others), 1).to(device))
+        won = (score[:, :1] > score[:, 1:]).double() + (score[:, :1] == score[:, 1:]).double() / 2
+        result[at] = won.mean(1).cpu().numpy()
+    return result.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def load_run(out: Path, device, dtype) -> tuple[Llama, Catalogue, Dataset, dict]:
+    """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
+    try:
+        c = json.loads((out / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise InputError(f"--out {out}: no run of train.py is there ({e})") from None
+    d = data.load(c["data"], c["data_dir"], c["split"], c["core"])
+    if d.digest() != c["digest"]:
+        raise InputError(f"{c['data']} is not the data that {out} was trained on: its files have changed since")
+    best = newest(out, "best")
+    if best is None:
+        raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
+    if (best / "adapter_config.json").exists():
+        m = llama.merge_lora(llama.load_lora(llama.load(Path(c["base"]), c["plan"]), best))
+    else:
+        m = llama.load(best, c["plan"])
+    cat = Catalogue(d.titles, data.read_tokenizer(best), m.config.eos_token_id)
+    cat.trie.to(device)
+    return m.to(device, dtype).eval(), cat, d, c
+
+
+def look_up(titles: tuple[str, ...], d: Dataset) -> list[int]:
+    """Titles typed by hand -> items; a title that no item bears gets the nearest ones named."""
+    index = {t.lower(): i for i, t in reversed(list(enumerate(d.titles)))}
+    for t in titles:
+        if t.lower() not in index:
+            near = [d.titles[index[n]] for n in difflib.get_close_matches(t.lower(), index, 3, 0.4)]
+            near = near or [x for x in d.titles if t.lower() in x.lower()][:3]
+            raise InputError(
+                f'no item is called "{t}"; '
+                + ("near: " + ", ".join(f'"{n}"' for n in near) if near else "none is near")
+            )
+    return [index[t.lower()] for t in titles][-data.HISTORY :]
+
+
+@dataclass
+class Flags:
+    out: str = ""  # folder of a run that train.py wrote
+    split: str = "test"  # which windows: test or valid
+    k: int = 10  # how many titles are ranked and written per user
+    beam: int = 20  # prefixes of a user that advance in one step
+    exact: bool = True  # keep what a step leaves over, so that the top k is exact; false: a plain beam search
+    score: str = "trie"  # trie: renormalised over what may follow; full: over the whole vocabulary
+    exclude_history: bool = False  # never recommend what the history holds
+    limit: int = 0  # evaluate the first so many windows only; 0: all
+    tokens: int = 16384  # tokens in a batch: less needs less memory
+    auc: int = 0  # also the AUC of the target against so many random items
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
+    recommend: tuple = ()  # titles of a history, oldest first: print what comes next
+
+
+def main(argv: list[str]):
+    flags = parse_flags(Flags, argv, __doc__)
+    for name, known in (("split", ("test", "valid")), ("score", ("trie", "full"))):
+        choose(name, getattr(flags, name), known)
+    out, world, (device, dtype) = Path(flags.out or "out"), World(), device_and_dtype(flags.dtype)
+    model, cat, d, config = load_run(out, device, dtype)
+    decoder = Decoder(model, cat.trie, flags.score, config["tau"] if config["loss"] == "msl" else 1.0)
+    if flags.recommend:
+        history = look_up(flags.recommend, d)
+        (r,) = recommend(decoder, cat, [history], flags.k, flags.beam, flags.exact, flags.exclude_history)
+        print(f"after {' | '.join(d.titles[i] for i in history)}\n{'score':>9}  item    title")
+        for group, score in zip(r["items"], r["scores"], strict=True):
+            print(f"{score:9.3f}  {','.join(d.ids[i] for i in group):<7} {d.titles[group[0]]}")
+        return
+    if world.rank == 0:
+        print(d.summary())
+    test(decoder, cat, d, flags, out, world)
+
+
+def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, world: World):
+    """The table on the screen, out/results-SPLIT.json and out/predictions-SPLIT.jsonl; each process does its share."""
+    windows, start = getattr(d, flags.split)[: flags.limit or None], time.time()
+    mine = windows[world.rank :: world.size]
+    predictions = world.gather(evaluate(decoder, cat, mine, flags))
+    speed = len(windows) / (time.time() - start)
+    aucs = world.gather(auc(decoder, cat, mine, flags.auc, flags.tokens)) if flags.auc else []
+    if world.rank:
+        return
+    result = report(predictions, d) | {"users/s": speed} | ({"auc": float(np.mean(aucs))} if aucs else {})
+    rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
+    print(f"{flags.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items, {flags.score} scores")
+    print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
+    if aucs:
+        print(f"AUC against {flags.auc} random titles: {result['auc']:.4f}")
+    print(
+        f"top {flags.k} exact for {result['exact']:.1%} of the users; {speed:.1f} users/s; {out}/results-{flags.split}.json"
+    )
+    write_json(out / f"predictions-{flags.split}.jsonl", predictions)
+    result = {"model": result, "popularity": rows["popularity"], "flags": vars(flags)}
+    write_json(out / f"results-{flags.split}.json", result)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -159,6 +159,13 @@ def test_without_branches_it_is_causal():
     assert lay.mask("OR")[0, 0, :, 4].tolist() == [False] * 4 + [True]
 
 
+def test_padding_is_seen_by_itself_only():
+    """Not even by tokens that come after it, as they do when a padded batch is continued."""
+    lay = layout(torch.tensor([[0, 1, -1, -1, 2]]))
+    for kind in KINDS:
+        assert torch.equal(lay.mask(kind)[0, 0, :, 2:4], torch.eye(5).bool()[:, 2:4])
+
+
 def test_a_branch_continues_from_its_fork():
     """Positions go on from the fork, not from the end of the trunk or of the branch before: RoPE would be off."""
     item = torch.tensor([[0, 1, 1, 2, 2, 3, 3, 3, 4, 4]])

@@ -1,0 +1,213 @@
+"""Constrained decoding: the best titles of a catalogue after a prompt, exactly, and the score of any title.
+
+The decoder knows token ids and the trie, no text. Its search is best first: a prefix's score only falls as the title
+grows, so once no waiting prefix scores above the K-th finished title, the top K is exact.
+Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L leaves (titles).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Trie
+from hatllm import Layout, layout
+from model import Cache, Llama
+
+ROWS = 512  # rows of V-wide logits at a time
+
+
+def children(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes."""
+    fan = trie.fan[nodes]
+    row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan)
+    first = torch.cumsum(fan, 0) - fan
+    return row, trie.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
+
+
+def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
+    """z (M,) with row (M,) in 0 .. n-1 -> (n,) logsumexp of every row's values."""
+    top = z.new_full((n,), -torch.inf).scatter_reduce(0, row, z.detach(), "amax")
+    return top + z.new_zeros(n).index_add(0, row, (z - top[row]).exp()).log()
+
+
+def trie_logits(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """h (F, d) after the prefixes nodes (F,) -> row, child, logit / tau (M,): columns of tokens that can follow."""
+    row, child = children(trie, nodes)
+    columns, at = torch.unique(trie.token[child], return_inverse=True)
+    return row, child, model.logits(h, columns)[row, at] / tau
+
+
+def trie_nll(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, follow: Tensor, tau: float = 1.0) -> Tensor:
+    """Masked softmax (MSL, SIGIR 2025, eq. 5): -log of the token follow (F,) among those that continue some title."""
+    row, child, z = trie_logits(model, trie, h, nodes, tau)
+    return segment_logsumexp(z, row, len(nodes)) - z[trie.token[child] == follow[row]]
+
+
+def full_nll(model: Llama, h: Tensor, follow: Tensor) -> Tensor:
+    """-log of the token follow (F,) among the whole vocabulary, h (F, d)."""
+    return F.cross_entropy(model.logits(h), follow, reduction="none")
+
+
+def best_first(user: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) -> order (M,) that sorts by user, then by falling score; rank (M,) within the user, along that order."""
+    order = torch.argsort(score, descending=True, stable=True)
+    order = order[torch.argsort(user[order], stable=True)]
+    user = user[order]
+    return order, torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
+
+
+@dataclass
+class Ranking:
+    leaf: Tensor  # (B, K) titles, best first; -1 where the catalogue has fewer
+    score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
+    exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
+
+
+class Decoder:
+    """Titles after a prompt, under one of two scores:
+
+    trie  every token renormalised over those that continue some title: a distribution over the catalogue. A token that
+          alone can follow has probability 1 and costs nothing, so a title is done once it is the only one left.
+    full  log-softmax over the whole vocabulary, the trie only forbids: as Hugging Face's prefix_allowed_tokens_fn does.
+    """
+
+    def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
+        self.model, self.trie, self.full, self.tau = model, trie, score == "full", tau
+
+    def prefill(self, tokens: Tensor, item: Tensor) -> Tensor:
+        """The prompts (B, T), right-padded, once -> (B, d) where the title begins."""
+        self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
+        self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
+        self.cache = Cache(self.model.config, *item.shape, self.model.head)
+        h = self.model(tokens, layout(item), self.cache)
+        return h[torch.arange(len(item), device=h.device), self.length - 1]
+
+    def feed(self, nodes: Tensor) -> Tensor:
+        """nodes (B, Q), -1 for none -> (B, Q, d). A node sees the prompt and its ancestors in the trie, once fed: every
+        prefix is computed once, the prompt's keys and values serve all of them, and no cache is ever reordered."""
+        trie, Q = self.trie, nodes.shape[1]
+        self.slots = torch.cat((self.slots, nodes), 1)
+        q, k = nodes[:, :, None], self.slots[:, None, :]
+        above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
+        above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)
+        above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
+        sees = torch.cat(((self.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)
+        item = torch.cat((self.item, torch.where(self.slots >= 0, self.title[:, None], -1)), 1)
+        pos = self.length[:, None] + trie.depth[nodes] - 1
+        return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache)
+
+    def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
+        row, child, z = trie_logits(self.model, self.trie, h, nodes, self.tau)
+        if self.full:
+            total = torch.cat([self.model.logits(part).logsumexp(-1) for part in h.split(ROWS)])
+        else:
+            total = segment_logsumexp(z, row, len(nodes))
+        return row, child, z - total[row]
+
+    def advance(self, user: Tensor, nodes: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Feeds prefixes (F,), sorted by user, on to where their titles part or end -> h (F, d) there, node, score."""
+        trie = self.trie
+        stop = trie.stop[nodes]
+        n = trie.depth[stop] - trie.depth[nodes] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
+        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
+        flat = torch.arange(len(row), device=n.device)
+        path = (trie.start[trie.leaf[nodes]] + trie.depth[nodes] - 1 - (n.cumsum(0) - n))[row] + flat
+        column = flat - torch.searchsorted(user[row], user[row])
+        grid = nodes.new_full((len(self.item), int(column.max()) + 1), -1)
+        grid[user[row], column] = trie.path_node[path]
+        h = self.feed(grid)[user[row], column]
+        last = n.cumsum(0) - 1
+        if self.full:  # the tokens between are certain to follow in the trie, but not in the vocabulary
+            inner = torch.ones_like(row, dtype=torch.bool)
+            inner[last[trie.fan[stop] > 0]] = False
+            at = flat[inner].split(ROWS)
+            nll = [full_nll(self.model, h[i], trie.token[trie.path_node[path[i] + 1]]) for i in at]
+            score = score.index_add(0, row[inner], -torch.cat(nll)) if nll else score
+        return h[last], stop, score
+
+    @torch.inference_mode()
+    def search(
+        self, tokens: Tensor, item: Tensor, k: int = 10, beam: int = 20, exact: bool = True, limit: int = 1024
+    ) -> Ranking:
+        """The k best titles after each prompt (B, T). Every step takes the `beam` best waiting prefixes of a user one
+        branching further. Prefixes beyond these wait (exact), or are dropped as in a plain beam search; Ranking.exact
+        tells for whom that cannot have mattered. limit: tokens a user may cost, after which the rest is dropped."""
+        trie, B = self.trie, len(item)
+        h, user = self.prefill(tokens, item), torch.arange(B, device=item.device)
+        front = user, torch.zeros_like(user), torch.zeros(B, device=item.device)  # user, node, score; h is known
+        done = wait = [x[:0] for x in front]  # finished titles; prefixes that are not fed yet
+        bound = torch.full((B,), -torch.inf, device=item.device)  # the best score among the dropped
+        while True:
+            row, child, logp = self.expand(h, front[1])
+            new = front[0][row], child, front[2][row] + logp
+            over = (trie.fan[child] if self.full else trie.leaves[child] - 1) == 0
+            wait = [torch.cat((w, x[~over])) for w, x in zip(wait, new, strict=True)]
+            done = [torch.cat((d, x[over])) for d, x in zip(done, new, strict=True)]
+            done, threshold = self.top(done, k, B)
+            wait = [x[wait[2] > threshold[wait[0]]] for x in wait]  # the others can no longer enter the top k
+            order, rank = best_first(wait[0], wait[2])
+            now, later = order[rank < beam], order[rank >= beam]
+            if self.cache.n - item.shape[1] >= limit:
+                now, later, exact = order[:0], order, False
+            if not exact:
+                bound.scatter_reduce_(0, wait[0][later], wait[2][later], "amax")
+                later = later[:0]
+            if not len(now):
+                break
+            user = wait[0][now]
+            h, nodes, score = self.advance(user, wait[1][now], wait[2][now])
+            wait = [x[later] for x in wait]
+            ended = trie.fan[nodes] == 0  # under full scores
+            done = [torch.cat((d, x[ended])) for d, x in zip(done, (user, nodes, score), strict=True)]
+            front, h = [x[~ended] for x in (user, nodes, score)], h[~ended]
+        leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
+        rank = best_first(done[0], done[2])[1]
+        leaf[done[0], rank], score[done[0], rank] = trie.leaf[done[1]], done[2]
+        return Ranking(leaf, score, bound <= score[:, -1])
+
+    @staticmethod
+    def top(done: list[Tensor], k: int, B: int) -> tuple[list[Tensor], Tensor]:
+        """The k best of every user, sorted, and the score (B,) of the k-th, -inf where there are fewer."""
+        order, rank = best_first(done[0], done[2])
+        done, rank = [x[order[rank < k]] for x in done], rank[rank < k]
+        threshold = torch.full((B,), -torch.inf, device=rank.device)
+        threshold[done[0][rank == k - 1]] = done[2][rank == k - 1]
+        return done, threshold
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
+        """Exact log-probabilities (B, n) of the titles leaves (B, n): all prefixes of a user's titles in one tree."""
+        trie, (B, n) = self.trie, leaves.shape
+        size = (trie.start[leaves + 1] - trie.start[leaves]).flatten()
+        pair = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)
+        first = trie.start[leaves].flatten() - (size.cumsum(0) - size)
+        user, node = pair // n, trie.path_node[first[pair] + torch.arange(len(pair), device=leaves.device)]
+        need = (trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)
+        # depth first: a subtree is a run of columns, and whole subtrees of the root can be fed one after the other
+        deep = int(trie.depth.max()) + 1
+        key = torch.unique((user[need] * trie.n_leaves + trie.leaf[node[need]]) * deep + trie.depth[node[need]])
+        u, leaf, depth = key // deep // trie.n_leaves, key // deep % trie.n_leaves, key % deep
+        column = torch.arange(len(key), device=key.device) - torch.searchsorted(u, u)
+        grid = leaves.new_full((B, int(column.max()) + 1 if len(key) else 0), -1)
+        grid[u, column] = trie.path_node[trie.start[leaf] + depth - 1]
+        h, edge = self.prefill(tokens, item), torch.zeros(B, trie.n_nodes, device=leaves.device)
+        row, child, logp = self.expand(h, torch.zeros(B, dtype=torch.long, device=leaves.device))
+        edge[row, child] = logp
+        for part in self.subtrees(grid):
+            self.slots, self.cache.n = self.slots[:, :0], item.shape[1]
+            h, (b, c) = self.feed(part), torch.nonzero(part >= 0, as_tuple=True)
+            row, child, logp = self.expand(h[b, c], part[b, c])
+            edge[b[row], child] = logp
+        return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[user, node]).view(B, n)
+
+    def subtrees(self, grid: Tensor) -> list[Tensor]:
+        """Cuts grid (B, N) of nodes, depth first, into parts of about ROWS columns, where all users begin a subtree."""
+        cuts = torch.nonzero(((grid < 0) | (self.trie.depth[grid] == 1)).all(0)).flatten().tolist() + [grid.shape[1]]
+        parts, a = [], 0
+        for cut, next_cut in zip(cuts, cuts[1:], strict=False):
+            if next_cut - a > ROWS and cut > a:
+                parts, a = [*parts, grid[:, a:cut]], cut
+        return [*parts, grid[:, a:]] if grid.shape[1] else []
