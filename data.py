@@ -384,6 +384,7 @@ class Catalogue:
         self.bos = np.array(tokenizer.encode("").ids, int)  # what the tokenizer itself puts first, as Llama 3's does
         self.head, self.separator, self.header = (self.encode(tokenizer, text) for text in PROMPT)
         self.titles = [self.encode(tokenizer, t) for t in titles]
+        self.first = np.cumsum([0] + [len(t) for t in self.titles])
         self.trie = Trie([np.append(t, eos) for t in self.titles])
 
     @staticmethod
@@ -498,11 +499,14 @@ def collate(coded: list[dict]) -> Batch:
     return Batch(tokens, item, branch, fork, flat["at"], flat["next"], flat["node"])
 
 
-def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """tokens, item (B, T) of prompts that end with the response header, right-padded."""
-    coded = [cat.prompt(h) for h in histories]
-    tokens, item = np.zeros((2, len(coded), max(len(t) for t, _ in coded)), int)
-    item -= 1
-    for b, (t, i) in enumerate(coded):
+def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, item, source (B, T) of prompts that end with the response header, right-padded. source: where a title's
+    token stands among the tokens of all titles, one title after the other; -1 elsewhere."""
+    coded = [(*cat.prompt(h), h) for h in histories]
+    tokens, item, source = np.zeros((3, len(coded), max(len(t) for t, *_ in coded)), int)
+    item, source = item - 1, source - 1
+    for b, (t, i, history) in enumerate(coded):
         tokens[b, : len(t)], item[b, : len(i)] = t, i
-    return torch.from_numpy(tokens), torch.from_numpy(item)
+        places = [np.arange(cat.first[x], cat.first[x] + len(cat.titles[x])) for x in history]
+        source[b, np.flatnonzero(i > 0)] = np.concatenate(places) if places else []
+    return torch.from_numpy(tokens), torch.from_numpy(item), torch.from_numpy(source)

@@ -83,9 +83,9 @@ def recommend(
     lists all of them. exclude leaves out what is in the history. A batch that is too large for the memory is halved."""
     device = decoder.model.head.device
     try:
-        tokens, item = (x.to(device) for x in data.collate_prompts(cat, histories))
+        tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
         more = data.HISTORY if exclude else 0
-        ranking = decoder.search(tokens, item, min(k + more, cat.trie.n_leaves), beam, exact)
+        ranking = decoder.search(tokens, item, min(k + more, cat.trie.n_leaves), beam, exact, source=source)
     except torch.OutOfMemoryError:
         if len(histories) == 1:
             raise InputError(
@@ -177,7 +177,7 @@ def auc(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budg
         ]
         others = torch.from_numpy(np.stack(draw))
         others += others >= own[:, None]  # skips the target
-        tokens, item = data.collate_prompts(cat, [histories[i] for i in at])
+        tokens, item, _ = data.collate_prompts(cat, [histories[i] for i in at])
         score = decoder.score(tokens.to(device), item.to(device), torch.cat((own[:, None], others), 1).to(device))
         won = (score[:, :1] > score[:, 1:]).double() + (score[:, :1] == score[:, 1:]).double() / 2
         result[at] = won.mean(1).cpu().numpy()
@@ -260,6 +260,7 @@ def main(argv: list[str]):
 
 def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, world: World):
     """The table on the screen, out/results-SPLIT.json and out/predictions-SPLIT.jsonl; each process does its share."""
+    decoder.remember(cat.titles)
     windows, start = getattr(d, flags.split)[: flags.limit or None], time.time()
     mine = windows[world.rank :: world.size]
     predictions = world.gather(evaluate(decoder, cat, mine, flags))

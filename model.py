@@ -2,12 +2,12 @@
 
 Shapes: B users, T tokens (Tq of them queries), d width, H heads, G query heads per key/value head, D head width,
 V vocabulary. Module names are those of the checkpoints, so a state dict needs no table of names. Equal to transformers'
-LlamaForCausalLM to the last bit where both use the same attention kernel (tests/test_model.py).
+LlamaForCausalLM within 1e-5 in fp32 (tests/test_model.py).
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hatllm import InputError, Layout, parse_plan
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,21 @@ class Config:
                 raise InputError(
                     f"{path}: {key} is {value!r}, but only {', '.join(map(repr, known))} is supported here"
                 )
+        if kind == "llama3" and (lacking := [k for k in LLAMA3 if k not in rope]):
+            raise InputError(f"{path}: rope scaling 'llama3' lacks {', '.join(lacking)}")
         eos = c.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) and eos else eos
         own = {k: c[k] for k in Config.__dataclass_fields__ if c.get(k) is not None}
-        own.update(
-            num_key_value_heads=c.get("num_key_value_heads") or c.get("num_attention_heads"),
-            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            rope_scaling=rope if kind == "llama3" else None,
-            tie_word_embeddings=c.get("tie_word_embeddings", False),
-            qkv_bias=qwen,
-            eos_token_id=eos,
-        )
-        missing = [k for k, f in Config.__dataclass_fields__.items() if own.get(k) is None and k != "rope_scaling"]
-        missing = [k for k in missing if not isinstance(Config.__dataclass_fields__[k].default, (int, float))]
-        if missing or eos is None:
-            raise InputError(f"{path}: key {', '.join(missing or ['eos_token_id'])} is missing")
+        own |= {
+            "num_key_value_heads": c.get("num_key_value_heads") or c.get("num_attention_heads"),
+            "rope_theta": float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+            "rope_scaling": rope if kind == "llama3" else None,
+            "tie_word_embeddings": c.get("tie_word_embeddings", False),
+            "qkv_bias": qwen,
+            "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
+        }
+        needed = [k for k, field in Config.__dataclass_fields__.items() if field.default is MISSING] + ["eos_token_id"]
+        if missing := [k for k in needed if own.get(k) is None]:
+            raise InputError(f"{path}: key {', '.join(missing)} is missing")
         return Config(**own)
 
     def to_json(self) -> dict:
@@ -91,7 +93,7 @@ class Config:
         c["model_type"], c["architectures"] = (
             ("qwen2", ["Qwen2ForCausalLM"]) if self.qkv_bias else ("llama", ["LlamaForCausalLM"])
         )
-        return c | {"hidden_act": "silu", "torch_dtype": "float32", "rope_scaling": self.rope_scaling}
+        return c | {"hidden_act": "silu", "rope_scaling": self.rope_scaling}
 
 
 class RMSNorm(nn.Module):
@@ -221,6 +223,8 @@ class Llama(nn.Module):
             if p.dim() == 2:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.layers)) if deep else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         return self
 
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
@@ -376,10 +380,13 @@ def load(folder: Path, plan: str = "OR", dtype: torch.dtype = torch.float32) -> 
 
 
 def save(model: Llama, folder: Path):
-    """Writes what transformers' LlamaForCausalLM.from_pretrained reads. Adapters: merge first."""
+    """Writes what transformers' LlamaForCausalLM.from_pretrained reads, adapters merged in."""
+    if unmerged := [m for m in model.modules() if isinstance(m, LoRALinear) and not m.merged]:
+        raise ValueError(f"{len(unmerged)} adapters are not merged and would be lost; merge_lora first, or save_lora")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hf_name(n): p.detach().contiguous() for n, p in model.named_parameters() if hf_name(n)}
-    (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=1))
+    config = model.config.to_json() | {"torch_dtype": str(model.head.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -4,14 +4,17 @@ A test module imports what it needs: `from conftest import PLANS, prompts, tiny_
 """
 
 import os
-import random
-from pathlib import Path
 
-import pytest
-import torch
-from torch import Tensor, nn
+# read when torch loads: on cores that other processes share, spinning threads made these tests 10 times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import random  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-from model import Config, Llama
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from model import Config, Llama  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 VOCAB = 64
