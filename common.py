@@ -64,20 +64,29 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def write_json(path: Path, value):
-    """Whole or not at all."""
+    """Whole or not at all. A list is written line by line."""
+    text = "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value, indent=1)
     part = path.with_name(path.name + ".part")
-    with open(part, "w") as f:
-        f.write(
-            json.dumps(value, indent=1) if not isinstance(value, list) else "".join(json.dumps(v) + "\n" for v in value)
-        )
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        sync(part)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({e})") from e
+
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def newest(out: Path, kind: str) -> Path | None:
     """out/KIND-000123 with the highest number; it was renamed to that name when complete."""
-    return max((p for p in out.glob(f"{kind}-*") if p.name[len(kind) + 1 :].isdigit()), default=None)
+    return max((p for p in out.glob(f"{kind}-*") if p.name[len(kind) + 1 :].isdigit()),
+               key=lambda p: int(p.name[len(kind) + 1 :]), default=None)  # fmt: skip
 
 
 def write_folder(place: Path, write):
@@ -88,11 +97,10 @@ def write_folder(place: Path, write):
     try:
         write(part)
         for file in [*part.iterdir(), part]:
-            fd = os.open(file, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            sync(file)
         shutil.rmtree(place, ignore_errors=True)
         os.rename(part, place)
+        sync(place.parent)  # before the caller removes what this folder replaces
     except Exception as e:  # a full disk reaches us as OSError or as safetensors' own error
         shutil.rmtree(part, ignore_errors=True)
         raise InputError(
@@ -132,10 +140,10 @@ class World:
 
 
 def run(main):
-    """Calls main with the command line; what the user can mend is one sentence, not a traceback."""
+    """Calls main with the command line; what the user can mend, a full disk included, is a sentence, no traceback."""
     try:
         main(sys.argv[1:])
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

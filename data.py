@@ -10,6 +10,7 @@ Each has a header line. Shapes as in model.py, plus N windows and R rows: the po
 import difflib
 import gzip
 import hashlib
+import math
 import os
 import zlib
 from collections import Counter
@@ -76,7 +77,9 @@ def read_items(folder: Path) -> tuple[list[str], list[str]]:
 
 def read_numbers(where: str, text: str) -> list[float]:
     try:
-        return [float(t) for t in text.split()]
+        if all(map(math.isfinite, numbers := [float(t) for t in text.split()])):
+            return numbers
+        raise ValueError
     except ValueError:
         raise InputError(f"{where}: '{text[:40]}' is not made of numbers (times, as seconds or days)") from None
 
@@ -228,7 +231,9 @@ def read_windows(folder: Path, index: dict[str, int], titles: list[str]) -> dict
             raise InputError(f"{where}: split '{split}' is none of train, valid, test")
         *history, target = read_ids(where, items, index, 2)
         history = [i for i in history if titles[i]][-HISTORY:]
-        (t,) = read_numbers(where, time) or [0.0]
+        t, *more = read_numbers(where, time) or [0.0]
+        if more:
+            raise InputError(f"{where}: one time, the target's, is needed, not '{time}'")
         if titles[target] and history:
             rows[split].append((history, target, users.setdefault(user, len(users)), t))
     if not rows["train"] or not rows["test"]:

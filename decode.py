@@ -74,7 +74,8 @@ class Decoder:
     """
 
     def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
-        self.model, self.trie, self.full, self.tau, self.states = model, trie, score == "full", tau, None
+        self.model, self.trie, self.full, self.states = model, trie, score == "full", None
+        self.tau = 1.0 if self.full else tau  # full: without a temperature, as Hugging Face decodes
 
     @torch.inference_mode()
     def remember(self, titles: list[Tensor]):

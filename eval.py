@@ -243,6 +243,11 @@ def main(argv: list[str]):
     flags = parse_flags(Flags, argv, __doc__)
     for name, known in (("split", ("test", "valid")), ("score", ("trie", "full"))):
         choose(name, getattr(flags, name), known)
+    for name in ("k", "beam", "tokens"):
+        if getattr(flags, name) <= 0:
+            raise InputError(f"--{name} must be above 0, not {getattr(flags, name)}")
+    if flags.k < KS[-1] and not flags.recommend:
+        raise InputError(f"--k {flags.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     out, world, (device, dtype) = Path(flags.out or "out"), World(), device_and_dtype(flags.dtype)
     model, cat, d, config = load_run(out, device, dtype)
     decoder = Decoder(model, cat.trie, flags.score, config["tau"] if config["loss"] == "msl" else 1.0)
@@ -275,7 +280,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
     if aucs:
         print(f"AUC against {flags.auc} random titles: {result['auc']:.4f}")
     print(
-        f"top {flags.k} exact for {result['exact']:.1%} of the users; {speed:.1f} users/s; {out}/results-{flags.split}.json"
+        f"top {flags.k} exact for {result['exact']:.1%} of the users; {speed:.1f} users/s; "
+        f"{out}/results-{flags.split}.json"
     )
     write_json(out / f"predictions-{flags.split}.jsonl", predictions)
     result = {"model": result, "popularity": rows["popularity"], "flags": vars(flags)}

@@ -56,8 +56,8 @@ class Flags:
     lora_dropout: float = 0.05  # on the input of the adapters
     lora_targets: str = "q_proj,v_proj"  # linear layers that get adapters
     lr: float = 0.0  # peak learning rate; 0: 1e-3 from scratch, 1e-4 for full fine-tuning, 3e-4 for LoRA
-    epochs: float = 3.0  # passes over the training examples
-    max_steps: int = 0  # stop the schedule after so many steps instead; 0: by epochs
+    max_steps: int = 500  # steps of the schedule
+    epochs: float = 0.0  # passes over the training examples, instead of max_steps; 0: max_steps counts
     batch: int = 64  # examples in a step, whatever the hardware
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
     weight_decay: float = 0.01  # on matrices
@@ -78,6 +78,7 @@ class Flags:
 
 
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, for MFU
 
 
@@ -92,12 +93,10 @@ def build(f: Flags, titles: list[str], device: torch.device, dtype: torch.dtype)
         tokenizer = data.train_tokenizer(titles)
         model = Llama(Config(**TINY, vocab_size=tokenizer.get_vocab_size()), f.plan).init_weights()
         return model.to(device), tokenizer, ""
-    folder = Path(f.model)
-    if not (folder / "config.json").exists():
-        root = Path(os.environ.get("HATLLM_WEIGHTS", "weights"))
-        choose(
-            "model", f.model, ("tiny", "smollm2-135m", f.model if (root / f.model / "config.json").exists() else "tiny")
-        )
+    root = Path(os.environ.get("HATLLM_WEIGHTS", "weights"))
+    folder = next((p for p in (Path(f.model), root / f.model) if (p / "config.json").exists()), None)
+    if folder is None:
+        choose("model", f.model, ("tiny", "smollm2-135m", "the path of a folder with config.json"))
         folder = fetch.weights(f.model, root)
     # frozen weights can be stored in half precision; what is trained stays in single
     model = llama.load(folder, f.plan, dtype if f.lora else torch.float32).to(device)
@@ -121,11 +120,11 @@ def step_examples(pool: list[Example], step: int, f: Flags) -> np.ndarray:
 
 
 def learning_rate(step: int, total: int, f: Flags) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak."""
-    rise = max(1, int(f.warmup * total))
-    if step < rise:
-        return f.lr * (step + 1) / rise
-    return f.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))))
+    """Linear warm-up, the peak at its last step, then a cosine to a tenth of the peak at the very last."""
+    rise, at = max(1, int(f.warmup * total)), step + 1
+    if at <= rise:
+        return f.lr * at / rise
+    return f.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (at - rise) / (total - rise))))
 
 
 class Trainer:
@@ -168,9 +167,9 @@ class Trainer:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         stop = torch.tensor([float(asked)], device=self.device)
         self.world.sum_([p.grad for p in self.params] + [loss, stop])
-        if not math.isfinite(loss):
-            return float(loss), False
-        torch.nn.utils.clip_grad_norm_(self.params, self.f.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.f.clip)
+        if not math.isfinite(loss + norm):  # a finite loss may have a gradient that would make the weights NaN
+            return float(loss + norm), False
         for g in self.optimizer.param_groups:
             g["lr"] = lr
         self.optimizer.step()
@@ -206,34 +205,32 @@ def save_step(out: Path, step: int, model: Llama, optimizer, state: dict):
     write_folder(out / f"step-{step:06d}", write)
 
 
-def load_step(out: Path, model: Llama, optimizer, device) -> dict:
-    """The last checkpoint's weights and optimizer; returns its state.json."""
-    place = newest(out, "step")
-    if place is None:
-        raise InputError(f"--resume: {out} has no checkpoint; start without --resume (and with --overwrite)")
+def load_step(place: Path, model: Llama, optimizer, fresh: dict) -> dict:
+    """A checkpoint's weights and optimizer; returns its state.json, which has the keys of fresh."""
     try:
         state = json.loads((place / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise InputError(f"{place}/state.json: damaged ({e}); remove {place} to resume from an older one") from None
-    tensors = llama.read_safetensors(place / "weights.safetensors")
+        if not isinstance(state, dict) or state.keys() != fresh.keys():
+            raise ValueError(f"its keys are not {', '.join(fresh)}")
+    except (OSError, ValueError) as e:
+        raise InputError(f"{place}/state.json: damaged ({e}); --overwrite starts again") from None
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if {n: v.shape for n, v in tensors.items()} != {n: p.shape for n, p in own.items()}:
-        raise InputError(f"{place}/weights.safetensors does not hold the weights that this run trains")
-    moments = llama.read_safetensors(place / "optimizer.safetensors")
+    shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
+    files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}
+    found = {name: llama.read_safetensors(place / f"{name}.safetensors") for name in files}
+    for name, expected in files.items():
+        if {k: v.shape for k, v in found[name].items()} != expected:
+            raise InputError(f"{place}/{name}.safetensors is not of the model that this run trains")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(tensors[name])
-            if any(k.startswith(name + ":") for k in moments):
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[p] = {k: moments[f"{name}:{k}"].to("cpu" if k == "step" else device) for k in keys}
+            p.copy_(found["weights"][name])
+            optimizer.state[p] = {k: found["optimizer"][f"{name}:{k}"].to(p.device) for k in MOMENTS}
     return state
 
 
 def save_best(out: Path, step: int, model: Llama, tokenizer, base: str):
     def write(folder: Path):
-        llama.save_lora(model, folder, base) if base and any(
-            map(llama.peft_name, dict(model.named_parameters()))
-        ) else llama.save(model, folder)
+        adapters = any(map(llama.peft_name, dict(model.named_parameters())))
+        llama.save_lora(model, folder, base) if adapters else llama.save(model, folder)
         tokenizer.save(str(folder / "tokenizer.json"))
 
     write_folder(out / f"best-{step:06d}", write)
@@ -251,97 +248,108 @@ def prune(out: Path, best_step: int, step: int):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the training after the step, with a checkpoint; a second Ctrl-C ends it at once."""
 
-    def __init__(self):
-        self.asked = False
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.ask)
+    def __enter__(self) -> "Stop":
+        self.asked, self.old = False, {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+def read_config(out: Path) -> dict:
+    """config.json of a run; {} where there is none, or one of something else: a model's folder has one too."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) and "digest" in config else {}
+
 
 def prepare_out(f: Flags, out: Path, config: dict):
     """Makes the run's folder with its config.json, or finds that the one there is this run's. Nothing is replaced."""
-    path = out / "config.json"
-    if f.resume and path.exists():
-        old = json.loads(path.read_text())
+    old = read_config(out)
+    if f.resume and old:
         free = ("resume", "overwrite", "out", "test_limit", "data_dir", "base", "tokens")
         for name in [n for n in config if n not in free and old.get(n) != config[n]]:
-            what = (
-                f"--{name} was {old.get(name)}, now it is {config[name]}"
-                if name != "digest"
-                else "the data has changed"
-            )
+            what = f"--{name} was {old.get(name)}, now it is {config[name]}"
+            what = "the data has changed" if name == "digest" else what
             raise InputError(f"--resume: {what}; give the command that began {out}, or choose another --out")
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and [p for p in out.iterdir() if p.suffix != ".part"]:  # .part: killed before it began
+        if not old:
+            raise InputError(f"{out} exists and is no run of train.py, so it is left alone; choose another --out")
         if not f.overwrite:
             raise InputError(
-                f"{out} exists: --resume goes on with it, --overwrite replaces it, --out chooses another folder"
+                f"{out} exists: --resume goes on with it, --overwrite replaces it, or choose another --out"
             )
-        if not path.exists():
-            raise InputError(f"--overwrite: {out} is no run of train.py (it has no config.json), so it is left alone")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    write_json(out / "config.json", config)
 
 
 def train(f: Flags, t: Trainer, pool: list[Example], valid: list[Example], tokenizer, base: str, out: Path):
     """Trains to the last step. The best model by validation lies in out/best-STEP, the log in out/metrics.jsonl."""
-    total = f.max_steps or max(1, math.ceil(f.epochs * math.ceil(len(pool) / f.batch)))
-    state = {"step": 0, "best": math.inf, "best_step": 0}
+    total = math.ceil(f.epochs * math.ceil(len(pool) / f.batch)) or f.max_steps
+    state = {"step": 0, "best": math.inf, "best_step": 0, "losses": [], "targets": 0, "seconds": 0.0, "log": []}
     if f.resume and newest(out, "step"):
-        state = load_step(out, t.model, t.optimizer, t.device)
-    lead, stop, losses, tokens, targets, start = t.world.rank == 0, Stop(), [], 0, 0, time.time()
-    bar = tqdm(
-        total=total, initial=state["step"], desc="train", unit="step", disable=not (lead and sys.stderr.isatty())
-    )
+        state = load_step(newest(out, "step"), t.model, t.optimizer, state)
+    lead, tokens, start, before = t.world.rank == 0, 0, time.time(), state["seconds"]
+    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step",
+               disable=not (lead and sys.stderr.isatty()))  # fmt: skip
     t.model.train()
-    for step in range(state["step"], total):
-        at = step_examples(pool, step, f)
-        chosen = [pool[i] for i in at]
-        lr = learning_rate(step, total, f)
-        loss, asked = t.step(chosen, lr, (f.seed * 1_000_003 + step) * 1009 + t.world.rank, stop.asked)
-        if not math.isfinite(loss):
-            good = newest(out, "step")
-            raise InputError(
-                f"the loss became {loss} at step {step}, on the training examples {at.tolist()}; the last good checkpoint "
-                f"is {good.name if good else 'none'} in {out}; a lower --lr may help"
-            )
-        losses, tokens, targets = [*losses, loss], tokens + t.fed, targets + sum(len(e.targets) for e in chosen)
-        speed = tokens / (time.time() - start)
-        bar.update()
-        bar.set_postfix_str(f"loss {np.mean(losses[-50:]):.3f}, {speed:,.0f} tokens/s{mfu(t, speed)}")
-        if asked or step + 1 == total or (step + 1) % f.eval_every == 0:
-            line = {"step": step + 1, "loss": float(np.mean(losses)), "valid_nll": t.validate(valid), "lr": lr,
-                    "seconds": time.time() - start, "tokens/s": speed, "targets": targets}  # fmt: skip
-            losses = []
-            checkpoint(out, t, line, state, tokenizer, base, bar)
-            if asked:
+    with Stop() as stop, bar:
+        for step in range(state["step"], total):
+            at = step_examples(pool, step, f)
+            chosen = [pool[i] for i in at]
+            lr = learning_rate(step, total, f)
+            loss, asked = t.step(chosen, lr, (f.seed * 1_000_003 + step) * 1009 + t.world.rank, stop.asked)
+            if not math.isfinite(loss):
+                good = newest(out, "step")
                 raise InputError(
-                    f"stopped after step {step + 1}, nothing is lost; go on with --resume and the same command"
+                    f"the loss or its gradient became {loss} at step {step}, on the training examples {at.tolist()}; "
+                    f"the last good checkpoint is {good.name if good else 'none'} in {out}; a lower --lr may help"
                 )
-    bar.close()
+            tokens, seconds = tokens + t.fed, time.time() - start
+            state |= {"step": step + 1, "losses": [*state["losses"], loss], "seconds": before + seconds,
+                      "targets": state["targets"] + sum(len(e.targets) for e in chosen)}  # fmt: skip
+            bar.update()
+            bar.set_postfix_str(f"loss {np.mean(state['losses'][-50:]):.3f}, "
+                                f"{tokens / seconds:,.0f} tokens/s{mfu(t, tokens / seconds)}")  # fmt: skip
+            due = step + 1 == total or (step + 1) % f.eval_every == 0
+            if due:
+                line = {"step": step + 1, "loss": float(np.mean(state["losses"])), "valid_nll": t.validate(valid),
+                        "lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds,
+                        "targets": state["targets"]}  # fmt: skip
+                log(out, t, line, state, tokenizer, base)
+            if due or asked:  # a stop between two validations leaves no trace in the log, so that the end is the same
+                if lead:
+                    save_step(out, step + 1, t.model, t.optimizer, state)
+                    prune(out, state["best_step"], step + 1)
+                t.world.barrier()
+            if asked:
+                raise InputError(f"stopped after step {step + 1}, nothing is lost; "
+                                 "go on with --resume and the same command")  # fmt: skip
 
 
-def checkpoint(out: Path, t: Trainer, line: dict, state: dict, tokenizer, base: str, bar):
-    """After a validation: the log, the best model if this is it, the state to resume from; then the older ones go."""
-    step, better = line["step"], line["valid_nll"] < state["best"]
+def log(out: Path, t: Trainer, line: dict, state: dict, tokenizer, base: str):
+    """After a validation: a line in the log, and the best model if this is it."""
+    better = line["valid_nll"] < state["best"]
+    state |= {"losses": [], "log": [*state["log"], line]}
     if better:
-        state |= {"best": line["valid_nll"], "best_step": step}
+        state |= {"best": line["valid_nll"], "best_step": line["step"]}
     if t.world.rank == 0:
-        bar.write(f"step {step:6}  loss {line['loss']:.4f} per token  validation {line['valid_nll']:.4f} per item"
-                  + ("  best" if better else ""))  # fmt: skip
+        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  validation {line['valid_nll']:.4f} "
+                   "per item" + ("  best" if better else ""))  # fmt: skip
         if better:
-            save_best(out, step, t.model, tokenizer, base)
-        save_step(out, step, t.model, t.optimizer, state | {"log": line})
-        prune(out, state["best_step"], step)
-        with open(out / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-    t.world.barrier()
+            save_best(out, line["step"], t.model, tokenizer, base)
+        write_json(out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
 
 
 def mfu(t: Trainer, tokens_per_second: float) -> str:
@@ -358,9 +366,15 @@ def main(argv: list[str]):
     f = parse_flags(Flags, argv, __doc__)
     for name, known in (("loss", ("lml", "msl")), ("targets", ("last", "all")), ("split", ("time", "loo"))):
         choose(name, getattr(f, name), known)
-    for name in ("batch", "tokens", "eval_every", "valid_limit", "tau", "clip"):
-        if getattr(f, name) <= 0:
+    for name in ("batch", "tokens", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
+        if not getattr(f, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(f, name)}")
+    for name in ("core", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
+        if not getattr(f, name) >= 0:
+            raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
+    for name in ("warmup", "lora_dropout"):
+        if not 0 <= getattr(f, name) < 1:
+            raise InputError(f"--{name} is a share, from 0 to below 1, not {getattr(f, name)}")
     f.lora = 0 if f.model == "tiny" else f.lora
     f.lr = f.lr or (1e-3 if f.model == "tiny" else 3e-4 if f.lora else 1e-4)
     world, (device, dtype) = World(), device_and_dtype(f.dtype)
@@ -368,6 +382,12 @@ def main(argv: list[str]):
     model, tokenizer, base = build(f, d.titles, device, dtype)
     cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
     cat.trie.to(device)
+    pool = data.examples(d, f.targets, f.share_history)
+    if f.limit:
+        pool = [pool[i] for i in np.random.default_rng(f.seed).permutation(len(pool))[: f.limit]]
+    few = np.sort(np.random.default_rng(0).permutation(len(d.valid))[: f.valid_limit])
+    if not (pool and len(few) and len(d.test)):
+        raise InputError(f"{d.summary()}: each needs at least one; give more users")
     out = Path(f.out or f"out/{d.name}-{Path(f.model).name}")
     if world.rank == 0:
         prepare_out(f, out, vars(f) | {"base": base, "digest": d.digest()})
@@ -375,10 +395,6 @@ def main(argv: list[str]):
     model.checkpointing = f.checkpointing
     for block in model.layers if f.compile else ():
         block.compile(dynamic=True)
-    pool = data.examples(d, f.targets, f.share_history)
-    if f.limit:
-        pool = [pool[i] for i in np.random.default_rng(f.seed).permutation(len(pool))[: f.limit]]
-    few = np.sort(np.random.default_rng(0).permutation(len(d.valid))[: f.valid_limit])
     t = Trainer(f, model, cat, world, device, dtype)
     if world.rank == 0:
         sizes = (
