@@ -7,8 +7,8 @@
 SASRec (Kang and McAuley, 2018) with the softmax over all items in place of sampled negatives, as RecBole trains it by
 default: item and position embeddings, a causal transformer, the item embeddings again as output. It learns from the
 training interactions (Dataset.sequences; every next item is a target) and is asked with the histories that the LLM
-gets: the last 10 items. The configuration is chosen by NDCG@10 on validation. All items are ranked, items of a history
-too, ties count fairly. Shapes as in model.py: B sequences, T items, H heads, D head width, N items.
+gets: the last 10 items. The configuration is chosen by NDCG@10 on validation. All items are ranked, ties count
+fairly. Shapes as in model.py: B sequences, T items, H heads, D head width, N items.
 
 On beauty --split loo others report, of all items, for the test targets:
     HR@10 0.083,  NDCG@10 0.042   RecBole's SASRec with its defaults        (RUCAIBox/RecBole, issue 1290)
@@ -47,6 +47,7 @@ class Flags:
     split: str = "time"  # time: 8:1:1 by the target's time; loo: leave one out
     core: int = 5  # keep users and items with at least so many interactions; 0: all
     history: int = 10  # items SASRec is asked with: 10 as the LLM; with --split loo up to 50, as published
+    exclude_history: bool = False  # SASRec never recommends what it is asked with, as eval.py's flag of that name
     hidden: int = 0  # width; 0: the better one of 64 and 128 on validation
     dropout: float = -1.0  # dropout; -1: the better one of 0.2 and 0.5 on validation
     lr: float = 1e-3  # learning rate of Adam
@@ -127,23 +128,23 @@ def histories(d: Dataset, part: str, longest: int) -> list[list[int]]:
     short = getattr(d, part).histories()
     if longest <= HISTORY:
         return [h[-longest:] for h in short]
-    at, full = iter(d.sequences), []
-    for h, v in zip(d.valid.histories(), d.valid.target.tolist(), strict=True):  # users in the order of sequences,
-        s = next(at) if len(h) > 1 else h  # which leave out those of one item
-        full.append(s + [v] if part == "test" else s)
+    users = zip(d.sequences, d.valid.target.tolist(), strict=True)  # in the same order
+    full = [s + [v] if part == "test" else s for s, v in users]
     assert [f[-HISTORY:] for f in full] == short
     return [f[-longest:] for f in full]
 
 
 @torch.no_grad()
-def ranks(model: SASRec, asked: list[list[int]], target: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
+def ranks(model: SASRec, asked: list[list[int]], target: np.ndarray, f: Flags) -> tuple[np.ndarray, np.ndarray]:
     """How many items score above each target, and how many as high: before, ties (N,)."""
     model.eval()
     before, ties, device = np.zeros(len(asked)), np.ones(len(asked)), model.item.weight.device
-    for at in batches([len(h) for h in asked], budget):
-        x, last = pad([asked[i] for i in at]), torch.tensor([len(asked[i]) - 1 for i in at])
-        h = model(x.clamp(min=0).to(device))[torch.arange(len(at)), last]
-        before[at], ties[at] = place((h @ model.item.weight.T).cpu().numpy(), target[at])
+    for at in batches([len(h) for h in asked], f.tokens):
+        x, last = pad([asked[i] for i in at]).to(device), torch.tensor([len(asked[i]) - 1 for i in at])
+        score = model(x.clamp(min=0))[torch.arange(len(at)), last] @ model.item.weight.T
+        if f.exclude_history:
+            score.scatter_(1, torch.where(x < 0, x[:, :1], x), -math.inf)
+        before[at], ties[at] = place(score.cpu().numpy(), target[at])
     return before, ties
 
 
@@ -173,7 +174,7 @@ def fit(d: Dataset, f: Flags, hidden: int, dropout: float, seed: int, device="cp
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
             raise InputError(f"the loss became {loss} in epoch {epoch + 1}; a lower --lr may help")
-        valid = metrics(*ranks(model, asked, d.valid.target, f.tokens))
+        valid = metrics(*ranks(model, asked, d.valid.target, f))
         curve.append(valid["NDCG@10"])
         bar.set_postfix_str(f"loss {loss:.3f}, validation NDCG@10 {valid['NDCG@10']:.4f}")
         if valid["NDCG@10"] > best["valid NDCG@10"]:
@@ -220,7 +221,7 @@ def main(argv: list[str]):
     chosen = [best] + [fit(d, f, best[1]["hidden"], best[1]["dropout"], seed, device) for seed in range(1, f.seeds)]
 
     asked = histories(d, "test", f.history)
-    places = [popularity(d, d.test)] + [ranks(model, asked, d.test.target, f.tokens) for model, _ in chosen]
+    places = [popularity(d, d.test)] + [ranks(model, asked, d.test.target, f) for model, _ in chosen]
     popular, *each = [report(d, *p) for p in places]
     names = [name for name in popular if "@" in name]
     mean = {name: float(np.mean([r[name] for r in each])) for name in names}

@@ -205,12 +205,15 @@ class Generate:
 
 
 def agreement(ranking, theirs: list) -> dict:
-    """Users with the same list, the share of titles in common, and the largest difference of their scores."""
+    """Users with the same list, the share of titles in common and the largest difference of their scores, and by how
+    much the titles of ours score higher on the mean (below 0 theirs do: what a search has missed)."""
     ours = [dict(zip(*x, strict=True)) for x in zip(ranking.leaf.tolist(), ranking.score.tolist(), strict=True)]
     both = list(zip(ours, map(dict, theirs), strict=True))
     gaps = [abs(a[x] - b[x]) for a, b in both for x in a.keys() & b.keys()]
-    return {"exact": float(ranking.exact.float().mean()), "equal": sum(list(a) == list(b) for a, b in both),
-            "common": len(gaps) / sum(map(len, ours)), "gap": max(gaps, default=float("nan"))}  # fmt: skip
+    higher = ranking.score.mean() - torch.tensor([[score for _, score in x] for x in theirs]).mean()
+    equal, common = sum(list(a) == list(b) for a, b in both), len(gaps) / sum(map(len, ours))
+    return {"exact": float(ranking.exact.float().mean()), "equal": equal, "common": common,
+            "gap": max(gaps, default=float("nan")), "higher": float(higher)}  # fmt: skip
 
 
 def limit(model: Llama, tokens: int) -> tuple[float, float]:
@@ -240,7 +243,7 @@ def decode(flags: Flags) -> dict:
             for name in ("exact", "beam"):
                 sides[f"ours, {name}"] = lambda r, a=args, x=x, e=name == "exact": x.search(*a, exact=e)
             for name, (found, row) in in_turns(sides, flags.rounds).items():
-                row |= {"scores": score, "beam": beam, "users/s": n / row["s"]}
+                row = {"": name, "scores": score, "beam": beam, "users/s": n / row["s"]} | row
                 if name == "transformers":
                     lists, row = found[0], row | {"prompt": theirs.fed[0] / n, "title": sum(theirs.fed[1:]) / n}
                 else:
@@ -252,10 +255,10 @@ def decode(flags: Flags) -> dict:
     flops, rate = limit(model, prompt)
     best = max(row["users/s"] for row in rows if row[""] != "transformers")
     show(rows)
-    print(f"""ratio, memory: over transformers'; prompt, title: tokens fed per user (transformers': with pads, beams)
-exact: share of users; equal: users with transformers' list; common: share of its titles; gap: of scores
-limit: {flops / n / 1e9:.0f} GFLOP of prefill per user at {rate / 1e9:.0f} GFLOP/s of matmul are {rate / flops * n:.2f}
-users/s; the best row reaches {best * flops / n / rate:.0%}""")
+    print(f"""ratio, memory: over transformers'; prompt, title: tokens fed per user (transformers' with pads, beams)
+exact: share of users; equal: users with transformers' list; common: share of titles, gap: their largest difference in
+score; higher: mean score of our lists less theirs; limit: {flops / n / 1e9:.3g} GFLOP of prefill per user at
+{rate / 1e9:.0f} GFLOP/s of matmul are {rate / flops * n:.3g} users/s; the best row reaches {best * flops / n / rate:.0%}""")
     return head | {"rows": rows, "matmul GFLOP/s": rate / 1e9, "limit users/s": rate / flops * n}
 
 
@@ -327,7 +330,7 @@ def train(flags: Flags) -> dict:
             rows.append(row | {"loss": losses[-1], "gap": None if t is msl else gap})
     show(rows)
     worst, bound = max(row["gap"] or 0 for row in rows), 1e-4 if dtype == torch.float32 else 2e-2
-    print(f"""all: every item of a history is a target, in its own prompt or in one forward; tokens: fed, without padding
+    print(f"""all: every item of a history is a target, in its own prompt or in one forward; tokens: fed, without pads
 ratio, memory: over those of transformers + peft on the same targets
 losses {"agree" if worst < bound else "DIFFER"}: at most {worst:.0e} apart""")
     return head | {"rows": rows, "losses agree": worst < bound}

@@ -147,3 +147,6 @@ def run(main):
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

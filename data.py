@@ -40,8 +40,9 @@ PROMPT = (  # before the history, between its titles, after it; titles are encod
 # Reading: what is wrong gets a sentence that names file and line
 
 
-def read_table(folder: Path, name: str, columns: int) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """folder/name.tsv[.gz] -> header, rows as (where, fields) with at least so many fields."""
+def read_table(folder: Path, name: str, columns: int, first: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """folder/name.tsv[.gz], whose header begins with column `first` -> header, rows as (where, fields); at least so
+    many fields each."""
     path = next((p for p in (folder / f"{name}.tsv.gz", folder / f"{name}.tsv") if p.exists()), None)
     if path is None:
         raise InputError(f"{folder} has no {name}.tsv or {name}.tsv.gz; see 'Your own data' in README.md")
@@ -53,6 +54,8 @@ def read_table(folder: Path, name: str, columns: int) -> tuple[list[str], list[t
     rows = [(f"{path}, line {i}", line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
     if len(rows) < 2:
         raise InputError(f"{path} is empty: a header line and at least one row are needed")
+    if rows[0][1][0] != first:
+        raise InputError(f"{rows[0][0]}: the header must begin with {first}, not with '{rows[0][1][0]}'")
     for where, fields in rows:
         if len(fields) < columns:
             raise InputError(f"{where}: {len(fields)} tab-separated columns, but {columns} are needed")
@@ -61,7 +64,7 @@ def read_table(folder: Path, name: str, columns: int) -> tuple[list[str], list[t
 
 def read_items(folder: Path) -> tuple[list[str], list[str]]:
     """ids, titles ('' where an item has none)."""
-    header, rows = read_table(folder, "items", 2)
+    header, rows = read_table(folder, "items", 2, "item_id")
     if "title" not in header:
         raise InputError(f"{folder}/items.tsv: no column is called 'title', only {', '.join(header)}")
     seen, titles = {}, []
@@ -96,7 +99,7 @@ def read_ids(where: str, text: str, index: dict[str, int], least: int) -> list[i
 def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
     """user -> [(item, time)] in time order."""
     users = {}
-    for where, (user, items, times, *_) in read_table(folder, "sequences", 3)[1]:
+    for where, (user, items, times, *_) in read_table(folder, "sequences", 3, "user_id")[1]:
         items, times = read_ids(where, items, index, 1), read_numbers(where, times)
         if len(items) != len(times):
             raise InputError(f"{where}: {len(items)} items, but {len(times)} times")
@@ -226,7 +229,7 @@ def chain(train: list) -> list[list[int]]:
 def read_windows(folder: Path, index: dict[str, int], titles: list[str]) -> dict[str, list]:
     """split -> rows for Windows. Untitled items leave the histories; a window with an untitled target is dropped."""
     rows, users = {"train": [], "valid": [], "test": []}, {}
-    for where, (split, user, items, time, *_) in read_table(folder, "windows", 4)[1]:
+    for where, (split, user, items, time, *_) in read_table(folder, "windows", 4, "split")[1]:
         if split not in rows:
             raise InputError(f"{where}: split '{split}' is none of train, valid, test")
         *history, target = read_ids(where, items, index, 2)
@@ -295,7 +298,7 @@ def catalogued(name: str, ids: list[str], titles: list[str], rows: dict, sequenc
     kept = sorted(occur)
     new = {old: i for i, old in enumerate(kept)}
     parts = {k: Windows.of([([new[i] for i in h], new[t], u, s) for h, t, u, s in part]) for k, part in rows.items()}
-    sequences = [[new[i] for i in s] for s in sequences if len(s) > 1]
+    sequences = [[new[i] for i in s] for s in sequences if s]
     return Dataset(name, [ids[i] for i in kept], [titles[i] for i in kept], sequences=sequences, **parts)
 
 
@@ -464,6 +467,7 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
     trie, single = cat.trie, len(e.targets) == 1
     tokens, item, ends = cat.trunk(e.history)
+    assert not single or e.targets[0][0] == len(e.history), "a lone target follows the whole history"
     parts = {"tokens": [tokens], "item": [item], "branch": [0 * item], "fork": [0 * item]}
     at, follow, nodes, n_tokens, offset = [], [], [], 0, len(tokens)
     for b, (k, target) in enumerate(e.targets, 1):

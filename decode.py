@@ -173,7 +173,8 @@ class Decoder:
     ) -> Ranking:
         """The k best titles after each prompt (B, T). Every step takes the `beam` best waiting prefixes of a user one
         branching further. Prefixes beyond these wait (exact), or are dropped as in a plain beam search; Ranking.exact
-        tells for whom that cannot have mattered. limit: tokens a user may cost, after which the rest is dropped."""
+        tells for whom that cannot have mattered. limit: tokens that the busiest user of the batch may cost, before
+        what waits is dropped."""
         trie, B = self.trie, len(item)
         h, user = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
         front = user, torch.zeros_like(user), torch.zeros(B, device=item.device)  # user, node, score; h is known

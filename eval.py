@@ -275,7 +275,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
         return
     result = report(predictions, d) | {"users/s": speed} | ({"auc": float(np.mean(aucs))} if aucs else {})
     rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
-    print(f"{flags.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items, {flags.score} scores")
+    print(f"{flags.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items, {flags.score} scores"
+          + (", items of the history excluded (not for popularity)" if flags.exclude_history else ""))  # fmt: skip
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
     if aucs:
         print(f"AUC against {flags.auc} random titles: {result['auc']:.4f}")

@@ -45,7 +45,7 @@ class Flags:
     core: int = 5  # keep users and items with at least so many interactions; 0: all
     targets: str = "last"  # last: one target a window, the published recipe; all: every training item is a target
     share_history: bool = True  # under targets all, the targets of one history share one forward
-    limit: int = 0  # train on so many windows only, drawn by the seed; 0: all
+    limit: int = 0  # train on so many examples only, the same for every seed; 0: all
     model: str = "tiny"  # tiny: from scratch; smollm2-135m; or the path of a Hugging Face Llama folder
     plan: str = PLAN  # kinds of the layers, first to last: IN, OR, CR, IN-closed; OR alone is the plain LLM
     # how
@@ -64,7 +64,7 @@ class Flags:
     clip: float = 1.0  # norm of the gradient at most
     seed: int = 0  # of the initial weights, the order of the examples, dropout
     # hardware
-    tokens: int = 8192  # tokens in a forward, padding included: less needs less memory, the result is the same
+    tokens: int = 8192  # tokens in a forward, padding included: less needs less memory, nothing else changes
     dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile each block
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -384,7 +384,7 @@ def main(argv: list[str]):
     cat.trie.to(device)
     pool = data.examples(d, f.targets, f.share_history)
     if f.limit:
-        pool = [pool[i] for i in np.random.default_rng(f.seed).permutation(len(pool))[: f.limit]]
+        pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[: f.limit]]
     few = np.sort(np.random.default_rng(0).permutation(len(d.valid))[: f.valid_limit])
     if not (pool and len(few) and len(d.test)):
         raise InputError(f"{d.summary()}: each needs at least one; give more users")

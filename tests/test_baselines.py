@@ -164,23 +164,25 @@ def test_histories(tmp_path):
 # --- ranking ----------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_and_metrics_equal_those_counted_one_by_one():
+@pytest.mark.parametrize("exclude", [False, True])
+def test_ranks_and_metrics_equal_those_counted_one_by_one(exclude):
     m, asked = model(3), rows(40, longest=30)
     with torch.no_grad():
         m.item.weight[[2, 5, 11, 17, 19, 20]] = 0  # these score 0 after any history: ties
     target = np.array([(7 * i) % N for i in range(len(asked))])
-    before, ties = ranks(m, asked, target, 64)
+    before, ties = ranks(m, asked, target, flags(exclude_history=exclude))
     want = {f"{x}@{k}": 0.0 for x in ("HR", "NDCG") for k in (1, 5, 10)}
     for n, (history, t) in enumerate(zip(asked, target.tolist(), strict=True)):
         h = m(torch.tensor([history]))[0, -1]
         score = [(h @ m.item.weight[i]).item() for i in range(N)]
+        score = [-math.inf if exclude and i in history else s for i, s in enumerate(score)]
         above, equal = sum(s > score[t] for s in score), sum(s == score[t] for s in score)
         assert (before[n], ties[n]) == (above, equal)
         for place in range(above, above + equal):  # each place among the tied is as likely
             for k in (1, 5, 10):
                 want[f"HR@{k}"] += (place < k) / equal / len(asked)
                 want[f"NDCG@{k}"] += (place < k) / math.log2(2 + place) / equal / len(asked)
-    assert ties.max() == 6
+    assert exclude or ties.max() == 6
     assert metrics(before, ties) == pytest.approx(want)
 
 
@@ -199,7 +201,7 @@ def test_the_best_epoch_is_kept_and_training_stops(tmp_path, monkeypatch):
     d = data.load(folder(tmp_path / "toy", walks(20)), None, "loo", 0)
     curve, seen = iter([0.1, 0.3, 0.2, 0.3, 0.25, 0.9]), []
 
-    def fake(model, asked, target, budget):
+    def fake(model, asked, target, f):
         seen.append(model.item.weight.detach().clone())
         return np.zeros(1), np.ones(1)
 

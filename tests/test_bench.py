@@ -43,11 +43,14 @@ def test_agreement_sees_differences(parts):
     tokens, item = collate_prompts(cat, HISTORIES)[:2]
     ranking = Decoder(model, cat.trie).search(tokens, item, 3)
     lists = [list(zip(*x, strict=True)) for x in zip(ranking.leaf.tolist(), ranking.score.tolist(), strict=True)]
-    assert bench.agreement(ranking, lists) == {"exact": 1, "equal": 3, "common": 1, "gap": 0}
+    assert bench.agreement(ranking, lists) == {"exact": 1, "equal": 3, "common": 1, "gap": 0, "higher": 0}
     lists[0] = lists[0][::-1]
     lists[1] = [(leaf, score + 1) for leaf, score in lists[1]]
     lists[2] = [*lists[2][:2], (-1, -9.0)]
-    assert bench.agreement(ranking, lists) == {"exact": 1, "equal": 1, "common": pytest.approx(8 / 9), "gap": 1}
+    result = bench.agreement(ranking, lists)
+    assert [result[x] for x in ("exact", "equal", "gap")] == [1, 1, 1] and result["common"] == pytest.approx(8 / 9)
+    lower = 3 * 1 + (-9 - float(ranking.score[2, 2]))  # what was added to the scores above
+    assert result["higher"] == pytest.approx(-lower / 9, abs=1e-4)
 
 
 def test_train_sides_agree(parts):

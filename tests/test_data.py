@@ -48,7 +48,7 @@ def test_plain_gzipped_and_crlf(tmp_path, gz, newline):
 def test_reading_is_lenient_where_it_can_be(tmp_path):
     """More columns, blank lines, no newline at the end, runs of spaces in a title: none is an error or a row."""
     items = "item_id\tprice\ttitle\tyear\n\n1\t9\t A   pen \t1\n2\t\tInk\t\n3\t1\tPaper\t3"
-    d = load(write(tmp_path, items=items, sequences="u\ti\tt\tmore\nu\t1  2 3\t1 2.5 3e1\tx\n"), split="loo")
+    d = load(write(tmp_path, items=items, sequences="user_id\ti\tt\tmore\nu\t1  2 3\t1 2.5 3e1\tx\n"), split="loo")
     assert d.titles == ["A pen", "Ink", "Paper"] and d.test.time.tolist() == [30.0]
 
 
@@ -61,6 +61,10 @@ BAD = {
     "empty items": (dict(items=""), "items.tsv is empty"),
     "items with a header only": (dict(items="item_id\ttitle\n\n"), "items.tsv is empty"),
     "not UTF-8": (dict(items="item_id\ttitle\n1\tCafé\n".encode("latin-1")), "items.tsv: cannot be read .*UTF-8"),
+    "no header": (
+        dict(sequences=SEQUENCES.partition("\n")[2]),
+        "sequences.tsv, line 1: the header must begin .*user_id",
+    ),
     "unknown item": (dict(sequences=SEQUENCES + "w\t1 9 2\t1 2 3\n"), "sequences.tsv, line 4: item 9 is not in items"),
     "time that is no number": (
         dict(sequences=SEQUENCES + "w\t1 2\t1 May\n"),
@@ -76,7 +80,7 @@ BAD = {
     "user without items": (dict(sequences=SEQUENCES + "w\t\t\n"), "sequences.tsv, line 4: 0 items"),
     "columns": (dict(sequences=SEQUENCES + "w\t1 2 3\n"), "sequences.tsv, line 4: 2 tab-separated .*3 are needed"),
     "empty sequences": (dict(sequences="user_id\titem_ids\ttimes\n"), "sequences.tsv is empty"),
-    "sequences too short": (dict(sequences="u\ti\tt\nw\t1\t1\n"), "no user is left"),
+    "sequences too short": (dict(sequences="user_id\ti\tt\nw\t1\t1\n"), "no user is left"),
     "no sequences": (dict(sequences=None), "no sequences.tsv"),
     "unknown split": (
         dict(windows=WINDOWS + "dev\tu\t1 2\t9\n"),
@@ -88,7 +92,7 @@ BAD = {
     "two times of a window": (dict(windows=WINDOWS + "test\tu\t1 2\t8 9\n"), "windows.tsv, line 6: .*8 9"),
     "columns of a window": (dict(windows=WINDOWS + "test\tu\t1 2\n"), "windows.tsv, line 6: 3 tab.*4 are needed"),
     "no test windows": (dict(windows=WINDOWS[: WINDOWS.index("test")]), "windows.tsv: no window of split test"),
-    "no training windows": (dict(windows="s\tu\ti\tt\ntest\tu\t1 2\t1\n"), "windows.tsv: no window of split train"),
+    "no training windows": (dict(windows="split\tu\ti\tt\ntest\tu\t1 2\t1\n"), "windows.tsv: no window of split train"),
 }
 
 
@@ -204,7 +208,7 @@ def test_what_is_counted_and_learnt_holds_no_target(tmp_path, split):
     users, time = timed(3, users=12)
     items = "item_id\ttitle\n" + "".join(f"{i}\tTitle {i}\n" for s in users for i, _ in s)
     rows = [f"u{u}\t{' '.join(str(i) for i, _ in s)}\t{' '.join(str(t) for _, t in s)}" for u, s in enumerate(users)]
-    d = load(write(tmp_path, items=items, sequences="\n".join(["u\ti\tt", *rows])), split=split)
+    d = load(write(tmp_path, items=items, sequences="\n".join(["user_id\ti\tt", *rows])), split=split)
     held = set(d.valid.target.tolist() + d.test.target.tolist())
     assert not held & {i for s in d.sequences for i in s} and not d.counts[list(held)].any()
     assert d.counts.sum() == sum(map(len, d.sequences))
@@ -251,7 +255,7 @@ def test_beauty_is_the_published_data_set():
     held = {(u, j) for _, u, j in sorted(windows, key=lambda w: w[0])[46_908:]}
     last = d.train.time.max()
     learnt = [[ids[i] for j, (i, t) in enumerate(s) if t <= last and (u, j) not in held] for u, s in enumerate(users)]
-    assert [[d.ids[i] for i in s] for s in d.sequences] == [s for s in learnt if len(s) > 1]
+    assert [[d.ids[i] for i in s] for s in d.sequences] == [s for s in learnt if s]
     # leave one out: one test and one validation window a user
     train, valid, test = data.split_loo(users)
     assert len(valid) == len(test) == 22_332 and all(v[3] <= t[3] for v, t in zip(valid, test, strict=True))
@@ -278,7 +282,7 @@ def test_untitled_items_leave_windows(tmp_path):
     """A history loses its untitled items, a window whose target or whole history has no title goes."""
     items = "item_id\ttitle\n1\tA\n2\t\n3\tC\n4\tD\n"
     rows = ["train\tu\t1 2 3\t1", "train\tu\t1 3 2\t2", "train\tu\t2 3\t3", "test\tu\t2 1 4\t4"]
-    d = load(write(tmp_path, items=items, windows="\n".join(["s\tu\ti\tt", *rows, *rows[:1] * 8])))
+    d = load(write(tmp_path, items=items, windows="\n".join(["split\tu\ti\tt", *rows, *rows[:1] * 8])))
     assert d.ids == ["1", "3", "4"]
     assert d.train.histories() == [[0]] * 8 and d.train.target.tolist() == [1] * 8 and len(d.valid) == 1
     assert d.test.histories() == [[0]] and d.test.target.tolist() == [2]
@@ -299,10 +303,10 @@ def test_chain_undoes_sliding():
 def test_windows_and_catalogue():
     """Items are numbered anew in the order of items.tsv; those that occur nowhere leave."""
     rows = {"train": [([4, 2], 7, 0, 1.0)], "valid": [], "test": [([7], 2, 1, 2.0)]}
-    d = data.catalogued("x", list("abcdefgh"), list("ABCDEFGH"), rows, [[4, 2, 7], [4]])
-    assert (d.ids, d.titles, d.sequences) == (["c", "e", "h"], ["C", "E", "H"], [[1, 0, 2]])
+    d = data.catalogued("x", list("abcdefgh"), list("ABCDEFGH"), rows, [[4, 2, 7], [4], []])
+    assert (d.ids, d.titles, d.sequences) == (["c", "e", "h"], ["C", "E", "H"], [[1, 0, 2], [1]])
     assert d.train.histories() == [[1, 0]] and d.train.target.tolist() == [2] and len(d.valid) == 0
-    assert d.counts.tolist() == [1, 1, 1] and d.valid.histories() == []
+    assert d.counts.tolist() == [1, 2, 1] and d.valid.histories() == []
     assert d.test[np.array([0])].user.tolist() == [1]
 
 

@@ -330,10 +330,10 @@ def run_folder(tmp_path):
     """What train.py leaves: config.json, best-STEP; and its data."""
     source = tmp_path / "mine"
     source.mkdir()
-    (source / "items.tsv").write_text("i\ttitle\n" + "".join(f"i{n}\t{t}\n" for n, t in enumerate(TITLES)))
+    (source / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"i{n}\t{t}\n" for n, t in enumerate(TITLES)))
     rng = random.Random(0)
     rows = [f"u{u}\t{' '.join(f'i{rng.randrange(14)}' for _ in range(6))}\t1 2 3 4 5 {u + 5}\n" for u in range(30)]
-    (source / "sequences.tsv").write_text("u\ti\tt\n" + "".join(rows))
+    (source / "sequences.tsv").write_text("user_id\ti\tt\n" + "".join(rows))
     d = data.load(str(source), k=0)
     out = tmp_path / "out"
     for step, seed in ((5, 1), (10, 0)):
