@@ -1,7 +1,7 @@
 """Constrained decoding: the best titles of a catalogue after a prompt, exactly, and the score of any title.
 
-The decoder knows token ids and the trie, no text. Its search is best first: a prefix's score only falls as the title
-grows, so once no waiting prefix scores above the K-th finished title, the top K is exact.
+The decoder knows token ids and the trie, no text. A prefix's score only falls as the title grows: once no prefix that
+is left scores above the K-th finished title, the top K is exact.
 Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L leaves (titles).
 """
 
@@ -171,38 +171,49 @@ class Decoder:
         limit: int = 1024,
         source: Tensor | None = None,
     ) -> Ranking:
-        """The k best titles after each prompt (B, T). Every step takes the `beam` best waiting prefixes of a user one
-        branching further. Prefixes beyond these wait (exact), or are dropped as in a plain beam search; Ranking.exact
-        tells for whom that cannot have mattered. limit: tokens that the busiest user of the batch may cost, before
-        what waits is dropped."""
+        """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `beam` best
+        of them, on to where their titles part: a beam search, in which a settled title no longer takes a place.
+        What it leaves over is dropped, or (exact) waits until the beam is done and then goes on best first, as far as
+        it can still enter the top k; Ranking.exact tells for whom nothing can. limit: tokens that the busiest user of
+        the batch may cost before what waits is dropped. source: see prefill."""
         trie, B = self.trie, len(item)
         h, user = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
-        front = user, torch.zeros_like(user), torch.zeros(B, device=item.device)  # user, node, score; h is known
-        done = wait = [x[:0] for x in front]  # finished titles; prefixes that are not fed yet
+        zero, late = torch.zeros_like(user), 1 << 40
+        front = user, zero, torch.zeros(B, device=item.device), zero  # user, node, score, turn; h is known
+        done, wait = (
+            [x[:0] for x in front[:3]],
+            [x[:0] for x in front],
+        )  # finished titles; prefixes that are not fed yet
         bound = torch.full((B,), -torch.inf, device=item.device)  # the best score among the dropped
         while True:
             row, child, logp = self.expand(h, front[1])
-            new = front[0][row], child, front[2][row] + logp
+            turn = torch.where(front[3][row] == late, late, trie.depth[child])
+            new = front[0][row], child, front[2][row] + logp, turn
             over = (trie.fan[child] if self.full else trie.leaves[child] - 1) == 0
             wait = [torch.cat((w, x[~over])) for w, x in zip(wait, new, strict=True)]
-            done = [torch.cat((d, x[over])) for d, x in zip(done, new, strict=True)]
+            done = [torch.cat((d, x[over])) for d, x in zip(done, new[:3], strict=True)]
             done, threshold = self.top(done, k, B)
             wait = [x[wait[2] > threshold[wait[0]]] for x in wait]  # the others can no longer enter the top k
-            order, rank = best_first(wait[0], wait[2])
-            now, later = order[rank < beam], order[rank >= beam]
             if self.cache.n - item.shape[1] >= limit:
-                now, later, exact = order[:0], order, False
-            if not exact:
-                bound.scatter_reduce_(0, wait[0][later], wait[2][later], "amax")
-                later = later[:0]
+                bound.scatter_reduce_(0, wait[0], wait[2], "amax")
+                break
+            level = torch.full_like(bound, late, dtype=torch.long).scatter_reduce(0, wait[0], wait[3], "amin")
+            at = torch.nonzero(wait[3] == level[wait[0]]).flatten()
+            order, rank = best_first(wait[0][at], wait[2][at])
+            now, left = at[order[rank < beam]], at[order[rank >= beam]]
             if not len(now):
                 break
-            user = wait[0][now]
-            h, nodes, score = self.advance(user, wait[1][now], wait[2][now])
-            wait = [x[later] for x in wait]
+            if not exact:
+                bound.scatter_reduce_(0, wait[0][left], wait[2][left], "amax")
+            wait[3][left] = late
+            user, nodes, score, turn = (x[now] for x in wait)
+            stays = torch.ones_like(wait[0], dtype=torch.bool)
+            stays[now if exact else torch.cat((now, left))] = False
+            wait = [x[stays] for x in wait]
+            h, nodes, score = self.advance(user, nodes, score)
             ended = trie.fan[nodes] == 0  # under full scores
             done = [torch.cat((d, x[ended])) for d, x in zip(done, (user, nodes, score), strict=True)]
-            front, h = [x[~ended] for x in (user, nodes, score)], h[~ended]
+            front, h = [x[~ended] for x in (user, nodes, score, turn)], h[~ended]
         leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
         rank = best_first(done[0], done[2])[1]
         leaf[done[0], rank], score[done[0], rank] = trie.leaf[done[1]], done[2]
