@@ -258,8 +258,8 @@ def decode(flags: Flags) -> dict:
     print(f"""ratio, memory: over transformers'; prompt, title: tokens fed per user (transformers' with pads, beams)
 exact: share of users; equal: users with transformers' list; common: share of titles, gap: their largest difference in
 score; higher: mean score, ours less theirs
-limit: {flops / n / 1e9:.3g} GFLOP of prefill per user at {rate / 1e9:.0f}
-GFLOP/s of matmul are {rate / flops * n:.3g} users/s, the best row is at {best * flops / n / rate:.0%}""")
+limit: {flops / n / 1e9:.3g} GFLOP of prefill per user at {rate / 1e9:.0f} GFLOP/s of
+matmul are {rate / flops * n:.3g} users/s, the best row is at {best * flops / n / rate:.0%}""")
     return head | {"rows": rows, "matmul GFLOP/s": rate / 1e9, "limit users/s": rate / flops * n}
 
 

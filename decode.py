@@ -139,10 +139,10 @@ class Decoder:
             total = segment_logsumexp(z, row, len(nodes))
         return row, child, z - total[row]
 
-    def advance(self, user: Tensor, nodes: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Feeds prefixes (F,), sorted by user, on to where their titles part or end -> h (F, d) there, node, score."""
+    def advance(self, user: Tensor, nodes: Tensor, stop: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """Feeds the prefixes nodes (F,), sorted by user, and what follows on the way to stop (F,), where no titles part
+        before -> h (F, d) there, score."""
         trie = self.trie
-        stop = trie.stop[nodes]
         n = trie.depth[stop] - trie.depth[nodes] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
         flat = torch.arange(len(row), device=n.device)
@@ -158,7 +158,7 @@ class Decoder:
             at = flat[inner].split(ROWS)
             nll = [full_nll(self.model, h[i], trie.token[trie.path_node[path[i] + 1]]) for i in at]
             score = score.index_add(0, row[inner], -torch.cat(nll)) if nll else score
-        return h[last], stop, score
+        return h[last], score
 
     @torch.inference_mode()
     def search(
@@ -172,10 +172,10 @@ class Decoder:
         source: Tensor | None = None,
     ) -> Ranking:
         """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `beam` best
-        of them, on to where their titles part: a beam search, in which a settled title no longer takes a place.
+        of them, on to where their titles part (full scores: by a token): a beam search.
         What it leaves over is dropped, or (exact) waits until the beam is done and then goes on best first, as far as
         it can still enter the top k; Ranking.exact tells for whom nothing can. limit: tokens that the busiest user of
-        the batch may cost before what waits is dropped. source: see prefill."""
+        the batch may cost before what still waits then is dropped. source: see prefill."""
         trie, B = self.trie, len(item)
         h, user = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
         zero, late = torch.zeros_like(user), 1 << 40
@@ -194,10 +194,10 @@ class Decoder:
             done = [torch.cat((d, x[over])) for d, x in zip(done, new[:3], strict=True)]
             done, threshold = self.top(done, k, B)
             wait = [x[wait[2] > threshold[wait[0]]] for x in wait]  # the others can no longer enter the top k
-            if self.cache.n - item.shape[1] >= limit:
+            level = torch.full_like(bound, late, dtype=torch.long).scatter_reduce(0, wait[0], wait[3], "amin")
+            if self.cache.n - item.shape[1] >= limit and bool((level == late).all()):
                 bound.scatter_reduce_(0, wait[0], wait[2], "amax")
                 break
-            level = torch.full_like(bound, late, dtype=torch.long).scatter_reduce(0, wait[0], wait[3], "amin")
             at = torch.nonzero(wait[3] == level[wait[0]]).flatten()
             order, rank = best_first(wait[0][at], wait[2][at])
             now, left = at[order[rank < beam]], at[order[rank >= beam]]
@@ -210,7 +210,9 @@ class Decoder:
             stays = torch.ones_like(wait[0], dtype=torch.bool)
             stays[now if exact else torch.cat((now, left))] = False
             wait = [x[stays] for x in wait]
-            h, nodes, score = self.advance(user, nodes, score)
+            # under full scores a beam goes token by token, as Hugging Face's: what is certain to follow costs score
+            stop = torch.where(turn == late, trie.stop[nodes], nodes) if self.full else trie.stop[nodes]
+            (h, score), nodes = self.advance(user, nodes, stop, score), stop
             ended = trie.fan[nodes] == 0  # under full scores
             done = [torch.cat((d, x[ended])) for d, x in zip(done, (user, nodes, score), strict=True)]
             front, h = [x[~ended] for x in (user, nodes, score, turn)], h[~ended]

@@ -71,6 +71,13 @@ class Layout:
             self.masks[kind] = mask(kind, self.item, self.sees).unsqueeze(1)
         return self.masks[kind]
 
+    def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
+        """(B, 1, G * Tq, T) the same as the paper's M, 0 or -inf, for G heads one after the other."""
+        if (kind, dtype) not in self.masks:
+            M = torch.zeros_like(seen := self.mask(kind), dtype=dtype).masked_fill_(~seen, -torch.inf)
+            self.masks[kind, dtype] = M.repeat(1, 1, G, 1)
+        return self.masks[kind, dtype]
+
 
 def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     """The method. item (B, T), sees (B, Tq, T) with the queries last -> (B, Tq, T) bool, `sees` less what `kind` hides.

@@ -102,8 +102,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # the mean of squares overflows half precision
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Rope(nn.Module):
@@ -168,8 +167,8 @@ class Attention(nn.Module):
     def qk(self, x: Tensor, rope) -> tuple[Tensor, Tensor]:
         return rotate(self.heads(self.q_proj(x)), rope), rotate(self.heads(self.k_proj(x)), rope)
 
-    def forward(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, Tq, d), mask (B, 1, Tq, T) -> (B, Tq, d)."""
+    def forward(self, x: Tensor, rope, layout: Layout, kind: str, cache: Cache | None, layer: int) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d) under the mask of kind."""
         (q, k), v = self.qk(x, rope), self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -177,7 +176,8 @@ class Attention(nn.Module):
         G = H // k.shape[1]
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
         q = q.reshape(B, k.shape[1], G * Tq, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, G, 1))
+        mask = layout.additive_mask(kind, G, q.dtype)  # all of HatLLM: what this layer's tokens may look at
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 
@@ -202,8 +202,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, rope, layout: Layout, cache: Cache | None) -> Tensor:
-        mask = layout.mask(self.kind)  # all of HatLLM: what this layer's tokens may look at
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, self.kind, cache, self.layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -56,7 +56,7 @@ class Flags:
     lora_dropout: float = 0.05  # on the input of the adapters
     lora_targets: str = "q_proj,v_proj"  # linear layers that get adapters
     lr: float = 0.0  # peak learning rate; 0: 1e-3 from scratch, 1e-4 for full fine-tuning, 3e-4 for LoRA
-    max_steps: int = 500  # steps of the schedule
+    max_steps: int = 400  # steps of the schedule
     epochs: float = 0.0  # passes over the training examples, instead of max_steps; 0: max_steps counts
     batch: int = 64  # examples in a step, whatever the hardware
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
