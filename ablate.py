@@ -337,7 +337,6 @@ def attention(argv: list[str]):
     if f.base and not c["base"]:
         raise InputError(f"--base: {f.out} was trained from scratch, there is no base to compare with")
     some = d.test[np.sort(np.random.default_rng(0).permutation(len(d.test))[: f.users])]
-    cat.trie.to("cpu")  # data.encode reads it
     coded = [data.encode(cat, e, False) for e in data.window_examples(some)]
     found = [(f"trained, plan {c['plan']}", model.plan, shares(model, coded, f.tokens))]
     for plan in dict.fromkeys(("OR", c["plan"])) if f.base else ():

@@ -64,7 +64,6 @@ def setup(flags: Flags) -> tuple[Llama, Catalogue, data.Dataset, dict]:
     d = data.load(flags.data, flags.data_dir)
     model, tokenizer, _ = training.build(training.Flags(model=flags.model, plan="OR", lora=0), d.titles, device, dtype)
     cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
-    cat.trie.to(device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     head = {"date": str(date.today()), "machine": machine, "torch": torch.__version__}
     head |= vars(flags) | {"dtype": str(dtype)[6:]}

@@ -7,6 +7,7 @@ A data set is a folder with items.tsv[.gz] (item_id, title; more columns are all
 Each has a header line. Shapes as in model.py, plus N windows and R rows: the positions that have a loss.
 """
 
+import copy
 import difflib
 import gzip
 import hashlib
@@ -351,10 +352,10 @@ class Trie:
                 setattr(self, name, torch.from_numpy(np.ascontiguousarray(value)))
 
     def to(self, device) -> "Trie":
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
+        """A copy on device, for the model's side; this one stays where batches are made."""
+        new = copy.copy(self)
+        vars(new).update({name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)})
+        return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------

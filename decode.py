@@ -74,7 +74,7 @@ class Decoder:
     """
 
     def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
-        self.model, self.trie, self.full, self.states = model, trie, score == "full", None
+        self.model, self.trie, self.full, self.states = model, trie.to(model.head.device), score == "full", None
         self.tau = 1.0 if self.full else tau  # full: without a temperature, as Hugging Face decodes
 
     @torch.inference_mode()

@@ -170,7 +170,7 @@ def auc(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budg
     todo = batches([len(cat.prompt(h)[0]) + 4 * negatives for h in histories], budget)
     result = np.zeros(len(windows))
     for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
-        own = trie.leaf_of_item[torch.from_numpy(windows.target[at]).to(device)].cpu()
+        own = trie.leaf_of_item[torch.from_numpy(windows.target[at])]
         draw = [
             np.random.default_rng((windows.user[i], windows.target[i])).integers(0, trie.n_leaves - 1, negatives)
             for i in at
@@ -205,7 +205,6 @@ def load_run(out: Path, device, dtype) -> tuple[Llama, Catalogue, Dataset, dict]
     else:
         m = llama.load(best, c["plan"])
     cat = Catalogue(d.titles, data.read_tokenizer(best), m.config.eos_token_id)
-    cat.trie.to(device)
     return m.to(device, dtype).eval(), cat, d, c
 
 

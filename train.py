@@ -132,7 +132,7 @@ class Trainer:
 
     def __init__(self, f: Flags, model: Llama, cat: Catalogue, world: World, device: torch.device, dtype: torch.dtype):
         self.f, self.model, self.cat, self.world, self.device, self.dtype = f, model, cat, world, device, dtype
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.trie, self.params = cat.trie.to(device), [p for p in model.parameters() if p.requires_grad]
         flat = [p for p in self.params if p.dim() == 1]
         groups = [dict(params=[p for p in self.params if p.dim() > 1], weight_decay=f.weight_decay)]
         groups += [dict(params=flat, weight_decay=0.0)] if flat else []
@@ -144,7 +144,7 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=amp):
             h = self.model(b.tokens, layout(b.item, b.branch, b.fork)).flatten(0, 1)[b.rows]
             if f.loss == "msl":
-                return trie_nll(self.model, self.cat.trie, h, b.node, b.next, f.tau).sum()
+                return trie_nll(self.model, self.trie, h, b.node, b.next, f.tau).sum()
             return full_nll(self.model, h, b.next).sum()
 
     def shard(self, examples: list[Example]) -> tuple[list[Batch], int]:
@@ -381,7 +381,6 @@ def main(argv: list[str]):
     d = data.load(f.data, f.data_dir, f.split, f.core)
     model, tokenizer, base = build(f, d.titles, device, dtype)
     cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
-    cat.trie.to(device)
     pool = data.examples(d, f.targets, f.share_history)
     if f.limit:
         pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[: f.limit]]
