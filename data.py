@@ -31,7 +31,7 @@ HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
 STRIDE = 5  # --targets all: a history longer than HISTORY is cut into chunks that start every STRIDE items
 CORE = 5  # every user and item has at least so many interactions (published sets: the 5-core)
 PROMPT = (  # before the history, between its titles, after it; titles are encoded alone, so that their spans are exact
-    "Given the items that a user has bought, in order of time, name the item that the user will buy next.\nBought:\n",
+    "The user bought, oldest first:\n",
     "\n",
     "\nNext:\n",
 )

@@ -81,7 +81,7 @@ class Decoder:
     def remember(self, titles: list[Tensor]):
         """With leading IN-closed layers a title's states after them depend on the title alone: computes them once, so
         that `prefill` runs the items of all users through the other layers only. Equal to 1e-4 in fp32."""
-        kinds = self.model.plan + ["end"]
+        kinds = self.model.plan[:-1] + ["end"]  # the last layer is run for all: it picks the rows
         self.closed = next(i for i, kind in enumerate(kinds) if kind != "IN-closed")
         if not self.closed:
             return
@@ -102,23 +102,24 @@ class Decoder:
         self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
         self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
         self.cache = Cache(self.model.config, *item.shape, self.model.head)
+        last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
         if self.states is None or source is None:
-            h = self.model(tokens, layout(item), self.cache)
-        else:
-            x = self.states[source.clamp(min=0)]
-            n = (item == 0).sum(1, keepdim=True)
-            at = torch.argsort((item != 0).int(), dim=1, stable=True)[:, : int(n.max())]  # the context, packed
-            own = torch.arange(at.shape[1], device=at.device) < n
-            packed = layout(torch.where(own, 0, -1))
-            packed.pos = at
-            y = self.model.blocks(self.model.embed_tokens(tokens.gather(1, at)), packed, last=self.closed)
-            x[torch.nonzero(own)[:, 0], at[own]] = y[own]
-            h = self.model.norm(self.model.blocks(x, layout(item), self.cache, first=self.closed))
-        return h[torch.arange(len(item), device=h.device), self.length - 1]
+            return self.model(tokens, layout(item), self.cache, rows=last)
+        x = self.states[source.clamp(min=0)]
+        n = (item == 0).sum(1, keepdim=True)
+        at = torch.argsort((item != 0).int(), dim=1, stable=True)[:, : int(n.max())]  # the context, packed
+        own = torch.arange(at.shape[1], device=at.device) < n
+        packed = layout(torch.where(own, 0, -1))
+        packed.pos = at
+        y = self.model.blocks(self.model.embed_tokens(tokens.gather(1, at)), packed, last=self.closed)
+        x[torch.nonzero(own)[:, 0], at[own]] = y[own]
+        h = self.model.blocks(x, layout(item), self.cache, first=self.closed, rows=last)
+        return self.model.norm(h)
 
     def feed(self, nodes: Tensor) -> Tensor:
-        """nodes (B, Q), -1 for none -> (B, Q, d). A node sees the prompt and its ancestors in the trie, once fed: every
-        prefix is computed once, the prompt's keys and values serve all of them, and no cache is ever reordered."""
+        """nodes (B, Q), -1 for none -> (F, d), one row after the other. A node sees the prompt and its ancestors in the
+        trie, once fed: every prefix is computed once, the prompt's keys and values serve all of them, and no cache is
+        ever reordered."""
         trie, Q = self.trie, nodes.shape[1]
         self.slots = torch.cat((self.slots, nodes), 1)
         q, k = nodes[:, :, None], self.slots[:, None, :]
@@ -128,7 +129,8 @@ class Decoder:
         sees = torch.cat(((self.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)
         item = torch.cat((self.item, torch.where(self.slots >= 0, self.title[:, None], -1)), 1)
         pos = self.length[:, None] + trie.depth[nodes] - 1
-        return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache)
+        rows = torch.nonzero(nodes.flatten() >= 0).flatten()
+        return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
@@ -150,7 +152,7 @@ class Decoder:
         column = flat - torch.searchsorted(user[row], user[row])
         grid = nodes.new_full((len(self.item), int(column.max()) + 1), -1)
         grid[user[row], column] = trie.path_node[path]
-        h = self.feed(grid)[user[row], column]
+        h = self.feed(grid)  # flat, as row
         last = n.cumsum(0) - 1
         if self.full:  # the tokens between are certain to follow in the trie, but not in the vocabulary
             inner = torch.ones_like(row, dtype=torch.bool)
@@ -251,8 +253,8 @@ class Decoder:
         edge[row, child] = logp
         for part in self.subtrees(grid):
             self.slots, self.cache.n = self.slots[:, :0], item.shape[1]
-            h, (b, c) = self.feed(part), torch.nonzero(part >= 0, as_tuple=True)
-            row, child, logp = self.expand(h[b, c], part[b, c])
+            b, c = torch.nonzero(part >= 0, as_tuple=True)
+            row, child, logp = self.expand(self.feed(part), part[b, c])
             edge[b[row], child] = logp
         return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[user, node]).view(B, n)
 

@@ -167,17 +167,14 @@ class Attention(nn.Module):
     def qk(self, x: Tensor, rope) -> tuple[Tensor, Tensor]:
         return rotate(self.heads(self.q_proj(x)), rope), rotate(self.heads(self.k_proj(x)), rope)
 
-    def forward(self, x: Tensor, rope, layout: Layout, kind: str, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, Tq, d) -> (B, Tq, d) under the mask of kind."""
+    def forward(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores."""
         (q, k), v = self.qk(x, rope), self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         B, H, Tq, D = q.shape
-        G = H // k.shape[1]
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
-        q = q.reshape(B, k.shape[1], G * Tq, D)
-        mask = layout.additive_mask(kind, G, q.dtype)  # all of HatLLM: what this layer's tokens may look at
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask)
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 
@@ -195,14 +192,22 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int, kind: str):
         super().__init__()
-        self.layer, self.kind = layer, kind
+        self.layer, self.kind, self.G = layer, kind, c.num_attention_heads // c.num_key_value_heads
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, layout: Layout, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, layout, self.kind, cache, self.layer)
+    def forward(self, x: Tensor, rope, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on."""
+        amp = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
+        mask = layout.additive_mask(self.kind, self.G, dtype)  # all of HatLLM: what this layer's tokens may look at
+        return self.compute(x, rope, mask, cache, rows)
+
+    def compute(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
+        x = x if rows is None else x.flatten(0, 1)[rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -226,22 +231,30 @@ class Llama(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """tokens (B, Tq) -> (B, Tq, d) after the last norm; `logits` of the rows that need them is the caller's."""
-        return self.norm(self.blocks(self.embed_tokens(tokens), layout, cache))
+    def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
+        """tokens (B, Tq) -> (B, Tq, d) after the last norm, or (R, d) where only rows (R,), of the B * Tq tokens, are
+        needed: the last MLP sees them alone. `logits` is the caller's."""
+        return self.norm(self.blocks(self.embed_tokens(tokens), layout, cache, rows=rows))
 
     def blocks(
-        self, x: Tensor, layout: Layout, cache: Cache | None = None, first: int = 0, last: int | None = None
+        self,
+        x: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        first: int = 0,
+        last: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """x (B, Tq, d) through the layers first .. last - 1."""
-        rope = self.rope(layout.pos)
+        """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
+        rope, Tq = self.rope(layout.pos), x.shape[1]
         for block in self.layers[first:last]:
+            args = x, rope, layout, cache, rows if block is self.layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, layout, cache, use_reentrant=False)
+                x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(x, rope, layout, cache)
+                x = block(*args)
         if cache is not None:
-            cache.n += x.shape[1]
+            cache.n += Tq
         return x
 
     @property

@@ -77,7 +77,7 @@ class Flags:
     overwrite: bool = False  # replace the output folder
 
 
-TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, for MFU
 
@@ -142,7 +142,7 @@ class Trainer:
         """Sum of -log p over the target tokens of a batch; rows of logits are computed where there is a target only."""
         b, f, amp = b.to(self.device), self.f, self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=amp):
-            h = self.model(b.tokens, layout(b.item, b.branch, b.fork)).flatten(0, 1)[b.rows]
+            h = self.model(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
             if f.loss == "msl":
                 return trie_nll(self.model, self.trie, h, b.node, b.next, f.tau).sum()
             return full_nll(self.model, h, b.next).sum()
@@ -393,7 +393,7 @@ def main(argv: list[str]):
     world.barrier()
     model.checkpointing = f.checkpointing
     for block in model.layers if f.compile else ():
-        block.compile(dynamic=True)
+        block.compute = torch.compile(block.compute, dynamic=True)
     t = Trainer(f, model, cat, world, device, dtype)
     if world.rank == 0:
         sizes = (
