@@ -16,6 +16,7 @@ from hatllm import Layout, layout
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
+LATE = 1 << 40  # a turn after that of any depth
 
 
 def children(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +66,25 @@ class Ranking:
     exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
 
 
+@dataclass
+class Prefixes:
+    """Beginnings of titles, F of them."""
+
+    user: Tensor  # (F,) row of the batch
+    node: Tensor  # (F,) trie node
+    score: Tensor  # (F,) log-probability
+    turn: Tensor  # (F,) the shortest go first; LATE: after all beams
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def __getitem__(self, at) -> "Prefixes":
+        return Prefixes(*(x[at] for x in vars(self).values()))
+
+    def __add__(self, other: "Prefixes") -> "Prefixes":
+        return Prefixes(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
 class Decoder:
     """Titles after a prompt, under one of two scores:
 
@@ -100,6 +120,7 @@ class Decoder:
         """The prompts (B, T), right-padded, once -> (B, d) where the title begins. source (B, T): where a title's token
         stands among all titles' tokens, one title after the other; -1 for context."""
         self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
+        self.users = torch.arange(len(item), device=item.device)  # rows of the batch that are not done
         self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
         self.cache = Cache(self.model.config, *item.shape, self.model.head)
         last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
@@ -141,26 +162,36 @@ class Decoder:
             total = segment_logsumexp(z, row, len(nodes))
         return row, child, z - total[row]
 
-    def advance(self, user: Tensor, nodes: Tensor, stop: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """Feeds the prefixes nodes (F,), sorted by user, and what follows on the way to stop (F,), where no titles part
-        before -> h (F, d) there, score."""
+    def keep(self, user: Tensor):
+        """Lets go of the others once half of the batch is done: a step costs as much as its busiest user, for each."""
+        users = torch.unique(user)
+        if 2 * len(users) > len(self.users):
+            return
+        at = torch.searchsorted(self.users, users)
+        for name in ("users", "item", "length", "title", "slots"):
+            setattr(self, name, getattr(self, name)[at])
+        self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
+
+    def advance(self, p: Prefixes, stop: Tensor) -> tuple[Tensor, Prefixes]:
+        """Feeds the prefixes p, sorted by user, and what follows on the way to the nodes stop (F,), where no titles part
+        before -> h (F, d) there, the prefixes there."""
         trie = self.trie
-        n = trie.depth[stop] - trie.depth[nodes] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
+        n = trie.depth[stop] - trie.depth[p.node] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
         flat = torch.arange(len(row), device=n.device)
-        path = (trie.start[trie.leaf[nodes]] + trie.depth[nodes] - 1 - (n.cumsum(0) - n))[row] + flat
-        column = flat - torch.searchsorted(user[row], user[row])
-        grid = nodes.new_full((len(self.item), int(column.max()) + 1), -1)
-        grid[user[row], column] = trie.path_node[path]
-        h = self.feed(grid)  # flat, as row
-        last = n.cumsum(0) - 1
+        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
+        user = torch.searchsorted(self.users, p.user[row])
+        column = flat - torch.searchsorted(user, user)
+        grid = stop.new_full((len(self.users), int(column.max()) + 1), -1)
+        grid[user, column] = trie.path_node[path]
+        h, last, score = self.feed(grid), n.cumsum(0) - 1, p.score
         if self.full:  # the tokens between are certain to follow in the trie, but not in the vocabulary
             inner = torch.ones_like(row, dtype=torch.bool)
             inner[last[trie.fan[stop] > 0]] = False
             at = flat[inner].split(ROWS)
             nll = [full_nll(self.model, h[i], trie.token[trie.path_node[path[i] + 1]]) for i in at]
             score = score.index_add(0, row[inner], -torch.cat(nll)) if nll else score
-        return h[last], score
+        return h[last], Prefixes(p.user, stop, score, p.turn)
 
     @torch.inference_mode()
     def search(
@@ -179,58 +210,56 @@ class Decoder:
         it can still enter the top k; Ranking.exact tells for whom nothing can. limit: tokens that the busiest user of
         the batch may cost before what still waits then is dropped. source: see prefill."""
         trie, B = self.trie, len(item)
-        h, user = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
-        zero, late = torch.zeros_like(user), 1 << 40
-        front = user, zero, torch.zeros(B, device=item.device), zero  # user, node, score, turn; h is known
-        done, wait = (
-            [x[:0] for x in front[:3]],
-            [x[:0] for x in front],
-        )  # finished titles; prefixes that are not fed yet
-        bound = torch.full((B,), -torch.inf, device=item.device)  # the best score among the dropped
+        h, users = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
+        front = Prefixes(users, 0 * users, torch.zeros(B, device=item.device), 0 * users)
+        done, wait, dropped = front[:0], front[:0], torch.full((B,), -torch.inf, device=item.device)
         while True:
-            row, child, logp = self.expand(h, front[1])
-            turn = torch.where(front[3][row] == late, late, trie.depth[child])
-            new = front[0][row], child, front[2][row] + logp, turn
-            over = (trie.fan[child] if self.full else trie.leaves[child] - 1) == 0
-            wait = [torch.cat((w, x[~over])) for w, x in zip(wait, new, strict=True)]
-            done = [torch.cat((d, x[over])) for d, x in zip(done, new[:3], strict=True)]
-            done, threshold = self.top(done, k, B)
-            wait = [x[wait[2] > threshold[wait[0]]] for x in wait]  # the others can no longer enter the top k
-            level = torch.full_like(bound, late, dtype=torch.long).scatter_reduce(0, wait[0], wait[3], "amin")
-            if self.cache.n - item.shape[1] >= limit and bool((level == late).all()):
-                bound.scatter_reduce_(0, wait[0], wait[2], "amax")
+            new = self.grow(front, h)
+            over = (trie.fan[new.node] if self.full else trie.leaves[new.node] - 1) == 0
+            done = done + new[over]
+            order, rank = best_first(done.user, done.score)
+            done, rank = done[order[rank < k]], rank[rank < k]
+            worst = torch.full_like(dropped, -torch.inf)  # the score to beat: of the k-th, where there is one
+            worst[done.user[rank == k - 1]] = done.score[rank == k - 1]
+            wait = wait + new[~over]
+            wait = wait[wait.score > worst[wait.user]]
+            if self.slots.shape[1] >= limit and bool((wait.turn == LATE).all()):
+                dropped.scatter_reduce_(0, wait.user, wait.score, "amax")
                 break
-            at = torch.nonzero(wait[3] == level[wait[0]]).flatten()
-            order, rank = best_first(wait[0][at], wait[2][at])
-            now, left = at[order[rank < beam]], at[order[rank >= beam]]
-            if not len(now):
+            front, wait, left = self.choose(wait, beam, B)
+            if exact:
+                wait = wait + left
+            else:
+                dropped.scatter_reduce_(0, left.user, left.score, "amax")
+            if not len(front):
                 break
-            if not exact:
-                bound.scatter_reduce_(0, wait[0][left], wait[2][left], "amax")
-            wait[3][left] = late
-            user, nodes, score, turn = (x[now] for x in wait)
-            stays = torch.ones_like(wait[0], dtype=torch.bool)
-            stays[now if exact else torch.cat((now, left))] = False
-            wait = [x[stays] for x in wait]
+            self.keep(front.user)
             # under full scores a beam goes token by token, as Hugging Face's: what is certain to follow costs score
-            stop = torch.where(turn == late, trie.stop[nodes], nodes) if self.full else trie.stop[nodes]
-            (h, score), nodes = self.advance(user, nodes, stop, score), stop
-            ended = trie.fan[nodes] == 0  # under full scores
-            done = [torch.cat((d, x[ended])) for d, x in zip(done, (user, nodes, score), strict=True)]
-            front, h = [x[~ended] for x in (user, nodes, score, turn)], h[~ended]
+            h, front = self.advance(front, trie.stop[front.node] if not self.full else
+                                    torch.where(front.turn == LATE, trie.stop[front.node], front.node))  # fmt: skip
+            ended = trie.fan[front.node] == 0  # under full scores
+            done, front, h = done + front[ended], front[~ended], h[~ended]
         leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
-        rank = best_first(done[0], done[2])[1]
-        leaf[done[0], rank], score[done[0], rank] = trie.leaf[done[1]], done[2]
-        return Ranking(leaf, score, bound <= score[:, -1])
+        leaf[done.user, rank], score[done.user, rank] = trie.leaf[done.node], done.score
+        return Ranking(leaf, score, dropped <= score[:, -1])
+
+    def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
+        """All that may follow the prefixes p, h (F, d) after them."""
+        row, child, logp = self.expand(h, p.node)
+        turn = torch.where(p.turn[row] == LATE, LATE, self.trie.depth[child])
+        return Prefixes(p.user[row], child, p.score[row] + logp, turn)
 
     @staticmethod
-    def top(done: list[Tensor], k: int, B: int) -> tuple[list[Tensor], Tensor]:
-        """The k best of every user, sorted, and the score (B,) of the k-th, -inf where there are fewer."""
-        order, rank = best_first(done[0], done[2])
-        done, rank = [x[order[rank < k]] for x in done], rank[rank < k]
-        threshold = torch.full((B,), -torch.inf, device=rank.device)
-        threshold[done[0][rank == k - 1]] = done[2][rank == k - 1]
-        return done, threshold
+    def choose(p: Prefixes, beam: int, B: int) -> tuple[Prefixes, Prefixes, Prefixes]:
+        """Of every user's prefixes whose turn is next, the `beam` best; those whose turn has not come; what is left
+        over of those whose turn it was, which come late from now on."""
+        turn = torch.full((B,), LATE, device=p.user.device).scatter_reduce(0, p.user, p.turn, "amin")
+        next_ = p.turn == turn[p.user]
+        rest, p = p[~next_], p[next_]
+        order, rank = best_first(p.user, p.score)
+        left = p[order[rank >= beam]]
+        left.turn = torch.full_like(left.turn, LATE)
+        return p[order[rank < beam]], rest, left
 
     @torch.inference_mode()
     def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
