@@ -28,7 +28,7 @@ import eval as evaluation
 import hatllm
 import model as llama
 import train
-from common import device_and_dtype, parse_flags, write_json
+from common import parse_flags, write_json
 from eval import KS, gains, metrics, positions
 from hatllm import PLAN, InputError, layout, parse_plan
 
@@ -103,7 +103,9 @@ def once(place: Path, argv: list[str]):
     argv = [*argv, "--resume", "--out", str(place)]
     f = parse_flags(train.Flags, argv, train.__doc__)
     if (place / "results-test.json").exists():
-        resolved = ["lora"] * (f.model == "tiny") + ["lr"] * (not f.lr)  # what train.main sets itself
+        resolved = ["lora"] * (f.model == "tiny") + [
+            k for k in ("lr", "batch") if not getattr(f, k)
+        ]  # what train.main sets itself
         train.prepare_out(f, place, {k: v for k, v in vars(f).items() if k not in resolved})
         return print("finished already", flush=True)
     gc.collect()  # what a failed run left behind
@@ -175,8 +177,8 @@ def read_run(place: Path) -> dict:
     own = {k: c[k] for k in ("plan", "seed", "digest")} | {"data": Path(c["data"]).name, "place": place}
     own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"], "gain": gains(*at, max(KS))}
     own["windows"] = np.array([(p["user"], p["target"]) for p in predictions])
-    nll = min(line["valid_nll"] for line in read(place / "metrics.jsonl"))
-    return own | {"metrics": metrics(*at) | {"valid nll": nll}}
+    best = max(read(place / "metrics.jsonl"), key=lambda line: (line["valid_NDCG@10"], -line["valid_nll"]))
+    return own | {"metrics": metrics(*at) | {"valid nll": best["valid_nll"]}}
 
 
 def over_seeds(runs: list[dict]) -> dict:
@@ -276,7 +278,7 @@ class Attention:
     base: bool = False  # also the base before training, under plan OR and under the run's plan
     plot: str = ""  # draw the masks and the shares by layer into this file (png, pdf, svg)
     tokens: int = 4096  # tokens in a forward, padding included: less needs less memory
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is faster; tiny: on a GPU only
 
 
 def parts_of(item: Tensor) -> Tensor:
@@ -332,8 +334,8 @@ def attention(argv: list[str]):
         raise InputError("--users and --tokens must be above 0")
     if f.plot:
         figure(1, 1)  # a missing package shows before the work, not after it
-    device, dtype = device_and_dtype(f.dtype)
-    model, cat, d, c = evaluation.load_run(Path(f.out), device, dtype)
+    model, cat, d, c = evaluation.load_run(Path(f.out), f.dtype)
+    device, dtype = model.head.device, model.head.dtype
     if f.base and not c["base"]:
         raise InputError(f"--base: {f.out} was trained from scratch, there is no base to compare with")
     some = d.test[np.sort(np.random.default_rng(0).permutation(len(d.test))[: f.users])]
@@ -410,14 +412,15 @@ def curves(argv: list[str]):
     files = [x for p in folders for x in (*p.glob("metrics.jsonl"), *sorted(p.glob("*/metrics.jsonl")))]
     if not files:
         raise InputError(f"--out {f.out}: no metrics.jsonl is there; train.py writes one at each validation")
-    fig, (axes,) = figure(1, 2)
+    fig, (axes,) = figure(1, 3)
     for path in files:
         log = read(path)
-        for ax, name in zip(axes, ("loss", "valid_nll"), strict=True):
+        for ax, name in zip(axes, ("loss", "valid_nll", "valid_NDCG@10"), strict=True):
             ax.plot([m["step"] for m in log], [m[name] for m in log], ".-", label=path.parent.name, linewidth=1)
     axes[0].set(title="training loss, nats per token", xlabel="step")
     axes[1].set(title="validation, nats per item", xlabel="step")
-    axes[1].legend(fontsize=6)
+    axes[2].set(title="validation, NDCG@10", xlabel="step")
+    axes[2].legend(fontsize=6)
     save(fig, Path(f.plot))
 
 

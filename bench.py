@@ -49,7 +49,7 @@ class Flags:
     lr: float = 3e-4  # train: of the adapters
     threads: int = 2  # of the CPU
     clock: str = "wall"  # wall; cpu: seconds of all threads together, for a machine that others use
-    dtype: str = "auto"  # float32, bfloat16 (autocast in train), or auto: bfloat16 on a GPU that has it
+    dtype: str = "float32"  # float32, bfloat16 (autocast in train), or auto, as in train.py
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -59,7 +59,10 @@ clock = CLOCKS["wall"]
 def setup(flags: Flags) -> tuple[Llama, Catalogue, data.Dataset, dict]:
     """Model, catalogue, data, and what the numbers hold for, which is printed."""
     global clock
-    clock, (device, dtype) = CLOCKS[choose("clock", flags.clock, (*CLOCKS,))], device_and_dtype(flags.dtype)
+    clock, (device, dtype) = (
+        CLOCKS[choose("clock", flags.clock, (*CLOCKS,))],
+        device_and_dtype(flags.dtype, flags.model),
+    )
     torch.set_num_threads(flags.threads)
     d = data.load(flags.data, flags.data_dir)
     model, tokenizer, _ = training.build(training.Flags(model=flags.model, plan="OR", lora=0), d.titles, device, dtype)

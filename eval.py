@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import model as llama
-from common import World, choose, device_and_dtype, newest, parse_flags, run, write_json
+from common import DTYPES, World, choose, device_and_dtype, newest, parse_flags, run, write_json
 from data import Catalogue, Dataset, Windows
 from decode import Decoder
 from hatllm import InputError
@@ -188,12 +188,13 @@ def auc(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budg
 # The command line
 
 
-def load_run(out: Path, device, dtype) -> tuple[Llama, Catalogue, Dataset, dict]:
+def load_run(out: Path, dtype: str = "auto") -> tuple[Llama, Catalogue, Dataset, dict]:
     """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
     try:
         c = json.loads((out / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as e:
         raise InputError(f"--out {out}: no run of train.py is there ({e})") from None
+    device, dtype = device_and_dtype(dtype, c["model"])
     d = data.load(c["data"], c["data_dir"], c["split"], c["core"])
     if d.digest() != c["digest"]:
         raise InputError(f"{c['data']} is not the data that {out} was trained on: its files have changed since")
@@ -206,6 +207,11 @@ def load_run(out: Path, device, dtype) -> tuple[Llama, Catalogue, Dataset, dict]
         m = llama.load(best, c["plan"])
     cat = Catalogue(d.titles, data.read_tokenizer(best), m.config.eos_token_id)
     return m.to(device, dtype).eval(), cat, d, c
+
+
+def make_decoder(model: Llama, cat: Catalogue, config: dict, score: str = "trie") -> Decoder:
+    """With the temperature that the model was trained at."""
+    return Decoder(model, cat.trie, score, config["tau"] if config["loss"] == "msl" else 1.0)
 
 
 def look_up(titles: tuple[str, ...], d: Dataset) -> list[int]:
@@ -234,22 +240,22 @@ class Flags:
     limit: int = 0  # evaluate the first so many windows only; 0: all
     tokens: int = 16384  # tokens in a batch: less needs less memory
     auc: int = 0  # also the AUC of the target against so many random items
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is faster; tiny: on a GPU only
     recommend: tuple = ()  # titles of a history, oldest first: print what comes next
 
 
 def main(argv: list[str]):
     flags = parse_flags(Flags, argv, __doc__)
-    for name, known in (("split", ("test", "valid")), ("score", ("trie", "full"))):
+    for name, known in (("split", ("test", "valid")), ("score", ("trie", "full")), ("dtype", DTYPES)):
         choose(name, getattr(flags, name), known)
     for name in ("k", "beam", "tokens"):
         if getattr(flags, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(flags, name)}")
     if flags.k < KS[-1] and not flags.recommend:
         raise InputError(f"--k {flags.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
-    out, world, (device, dtype) = Path(flags.out or "out"), World(), device_and_dtype(flags.dtype)
-    model, cat, d, config = load_run(out, device, dtype)
-    decoder = Decoder(model, cat.trie, flags.score, config["tau"] if config["loss"] == "msl" else 1.0)
+    out, world = Path(flags.out or "out"), World()
+    model, cat, d, config = load_run(out, flags.dtype)
+    decoder = make_decoder(model, cat, config, flags.score)
     if flags.recommend:
         history = look_up(flags.recommend, d)
         (r,) = recommend(decoder, cat, [history], flags.k, flags.beam, flags.exact, flags.exclude_history)

@@ -30,8 +30,8 @@ import eval as evaluation
 import fetch
 import model as llama
 from common import World, choose, device_and_dtype, newest, parse_flags, run, write_folder, write_json
-from data import Batch, Catalogue, Example
-from decode import Decoder, full_nll, trie_nll
+from data import Batch, Catalogue, Example, Windows
+from decode import full_nll, trie_nll
 from hatllm import PLAN, InputError, layout
 from model import Config, Llama
 
@@ -58,20 +58,20 @@ class Flags:
     lr: float = 0.0  # peak learning rate; 0: 1e-3 from scratch, 1e-4 for full fine-tuning, 3e-4 for LoRA
     max_steps: int = 400  # steps of the schedule
     epochs: float = 0.0  # passes over the training examples, instead of max_steps; 0: max_steps counts
-    batch: int = 64  # examples in a step, whatever the hardware
+    batch: int = 0  # examples in a step, whatever the hardware; 0: 64 from scratch, 16 for a pretrained model
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
     weight_decay: float = 0.01  # on matrices
     clip: float = 1.0  # norm of the gradient at most
     seed: int = 0  # of the initial weights, the order of the examples, dropout
     # hardware
     tokens: int = 8192  # tokens in a forward, padding included: less needs less memory, nothing else changes
-    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is faster; tiny: on a GPU only
     compile: bool = False  # torch.compile each block
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # output
     out: str = ""  # folder of the run; default out/DATA-MODEL
     eval_every: int = 200  # steps between two validations, each with a checkpoint
-    valid_limit: int = 1000  # windows in a validation, drawn by a fixed seed
+    valid_limit: int = 500  # windows in a validation, drawn by a fixed seed
     test_limit: int = 0  # test windows in the table at the end; 0: all
     resume: bool = False  # go on from the last checkpoint in the output folder
     overwrite: bool = False  # replace the output folder
@@ -177,15 +177,18 @@ class Trainer:
         return float(loss), bool(stop)
 
     @torch.no_grad()
-    def validate(self, examples: list[Example]) -> float:
-        """Mean -log p of a target, in nats per item."""
+    def validate(self, windows: Windows) -> dict[str, float]:
+        """valid_nll: mean -log p of a target, in nats per item; and NDCG@10 of a beam search."""
         self.model.eval()
-        total = torch.zeros(1, device=self.device)
-        for b in self.shard(examples)[0]:
+        total, decoder = torch.zeros(1, device=self.device), evaluation.make_decoder(self.model, self.cat, vars(self.f))
+        for b in self.shard(data.window_examples(windows))[0]:
             total += self.nll(b)
         self.world.sum_([total])
+        flags = evaluation.Flags(exact=False, tokens=self.f.tokens)
+        found = evaluation.evaluate(decoder, self.cat, windows[self.world.rank :: self.world.size], flags)
+        found = evaluation.metrics(*evaluation.positions(self.world.gather(found)))
         self.model.train()
-        return float(total) / max(1, len(examples))
+        return {"valid_nll": float(total) / max(1, len(windows)), "valid_NDCG@10": found["NDCG@10"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,10 +297,11 @@ def prepare_out(f: Flags, out: Path, config: dict):
     write_json(out / "config.json", config)
 
 
-def train(f: Flags, t: Trainer, pool: list[Example], valid: list[Example], tokenizer, base: str, out: Path):
-    """Trains to the last step. The best model by validation lies in out/best-STEP, the log in out/metrics.jsonl."""
+def train(f: Flags, t: Trainer, pool: list[Example], valid: Windows, tokenizer, base: str, out: Path):
+    """Trains to the last step. The model with the best NDCG@10 on validation (the nll decides between equals) lies in
+    out/best-STEP, the log in out/metrics.jsonl."""
     total = math.ceil(f.epochs * math.ceil(len(pool) / f.batch)) or f.max_steps
-    state = {"step": 0, "best": math.inf, "best_step": 0, "losses": [], "targets": 0, "seconds": 0.0, "log": []}
+    state = {"step": 0, "best": [-1.0, 0.0], "best_step": 0, "losses": [], "targets": 0, "seconds": 0.0, "log": []}
     if f.resume and newest(out, "step"):
         state = load_step(newest(out, "step"), t.model, t.optimizer, state)
     lead, tokens, start, before = t.world.rank == 0, 0, time.time(), state["seconds"]
@@ -324,9 +328,9 @@ def train(f: Flags, t: Trainer, pool: list[Example], valid: list[Example], token
                                 f"{tokens / seconds:,.0f} tokens/s{mfu(t, tokens / seconds)}")  # fmt: skip
             due = step + 1 == total or (step + 1) % f.eval_every == 0
             if due:
-                line = {"step": step + 1, "loss": float(np.mean(state["losses"])), "valid_nll": t.validate(valid),
-                        "lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds,
-                        "targets": state["targets"]}  # fmt: skip
+                line = {"step": step + 1, "loss": float(np.mean(state["losses"]))} | t.validate(valid)
+                line |= {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds,
+                         "targets": state["targets"]}  # fmt: skip
                 log(out, t, line, state, tokenizer, base)
             if due or asked:  # a stop between two validations leaves no trace in the log, so that the end is the same
                 if lead:
@@ -340,13 +344,14 @@ def train(f: Flags, t: Trainer, pool: list[Example], valid: list[Example], token
 
 def log(out: Path, t: Trainer, line: dict, state: dict, tokenizer, base: str):
     """After a validation: a line in the log, and the best model if this is it."""
-    better = line["valid_nll"] < state["best"]
+    score = [line["valid_NDCG@10"], -line["valid_nll"]]
+    better = score > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
     if better:
-        state |= {"best": line["valid_nll"], "best_step": line["step"]}
+        state |= {"best": score, "best_step": line["step"]}
     if t.world.rank == 0:
-        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  validation {line['valid_nll']:.4f} "
-                   "per item" + ("  best" if better else ""))  # fmt: skip
+        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  validation NDCG@10 {score[0]:.4f}, "
+                   f"{line['valid_nll']:.4f} nats per item" + ("  best" if better else ""))  # fmt: skip
         if better:
             save_best(out, line["step"], t.model, tokenizer, base)
         write_json(out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
@@ -366,18 +371,19 @@ def main(argv: list[str]):
     f = parse_flags(Flags, argv, __doc__)
     for name, known in (("loss", ("lml", "msl")), ("targets", ("last", "all")), ("split", ("time", "loo"))):
         choose(name, getattr(f, name), known)
-    for name in ("batch", "tokens", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
+    for name in ("tokens", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
         if not getattr(f, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(f, name)}")
-    for name in ("core", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
+    for name in ("core", "batch", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
         if not getattr(f, name) >= 0:
             raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
     for name in ("warmup", "lora_dropout"):
         if not 0 <= getattr(f, name) < 1:
             raise InputError(f"--{name} is a share, from 0 to below 1, not {getattr(f, name)}")
     f.lora = 0 if f.model == "tiny" else f.lora
+    f.batch = f.batch or (64 if f.model == "tiny" else 16)
     f.lr = f.lr or (1e-3 if f.model == "tiny" else 3e-4 if f.lora else 1e-4)
-    world, (device, dtype) = World(), device_and_dtype(f.dtype)
+    world, (device, dtype) = World(), device_and_dtype(f.dtype, f.model)
     d = data.load(f.data, f.data_dir, f.split, f.core)
     model, tokenizer, base = build(f, d.titles, device, dtype)
     cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
@@ -401,15 +407,15 @@ def main(argv: list[str]):
         )
         print(f"{d.summary()}\nplan {' '.join(model.plan)}\n{sizes}, on {device} in {str(dtype)[6:]}; "
               f"{sum(len(e.targets) for e in pool):,} targets in {len(pool):,} examples")  # fmt: skip
-    train(f, t, pool, data.window_examples(d.valid[few]), tokenizer, base, out)
-    test(f, out, world, device, dtype)
+    train(f, t, pool, d.valid[few], tokenizer, base, out)
+    test(f, out, world)
 
 
-def test(f: Flags, out: Path, world: World, device, dtype):
+def test(f: Flags, out: Path, world: World):
     """The table at the end: the best checkpoint on the test split, beside popularity."""
-    model, cat, d, config = evaluation.load_run(out, device, dtype)
-    decoder = Decoder(model, cat.trie, tau=config["tau"] if config["loss"] == "msl" else 1.0)
-    evaluation.test(decoder, cat, d, evaluation.Flags(out=str(out), limit=f.test_limit), out, world)
+    model, cat, d, config = evaluation.load_run(out, f.dtype)
+    flags = evaluation.Flags(out=str(out), limit=f.test_limit)
+    evaluation.test(evaluation.make_decoder(model, cat, config), cat, d, flags, out, world)
 
 
 if __name__ == "__main__":

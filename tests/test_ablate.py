@@ -222,7 +222,7 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[int, int]], **more) 
     (place / "config.json").write_text(json.dumps(config))
     (place / "results-test.json").write_text(json.dumps(result))
     (place / "predictions-test.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
-    log = [{"step": s, "loss": 1.0, "valid_nll": 5.0 + (s - 2) ** 2 + seed} for s in (1, 2, 3)]
+    log = [{"step": s, "loss": 1.0, "valid_nll": 5.0 + (s - 2) ** 2 + seed, "valid_NDCG@10": 0.1} for s in (1, 2, 3)]
     (place / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in log))
     return predictions
 
@@ -487,7 +487,7 @@ def test_attention_command(runs, tmp_path, capsys, monkeypatch):
     shown, saved = capsys.readouterr().out, json.loads((out / "attention.json").read_text())
     (m,) = saved["models"]
     assert m["layers"] == ["IN", "CR"] and saved["n"] == 5
-    model, cat, d, _ = evaluation.load_run(out, "cpu", torch.float32)
+    model, cat, d, _ = evaluation.load_run(out)
     at = sorted(np.random.default_rng(0).permutation(len(d.test))[:5])
     coded = [data.encode(cat, e, False) for e in data.window_examples(d.test[at])]
     assert_close(torch.tensor(m["share"], dtype=torch.float64), shares_by_hand(model, coded), rtol=0, atol=1e-5)
@@ -514,7 +514,7 @@ def test_attention_of_the_base(shop, tmp_path, capsys):
     argv = ["--data", str(shop), "--model", str(tmp_path / "base"), "--plans", "IN:1 OR", "--lr", "0.1"]
     ablate.main(["run", *argv, "--out", str(tmp_path / "out"), *STEPS])
     out = tmp_path / "out/shop-IN1_OR-s0"
-    ablate.main(["attention", "--out", str(out), "--users", "4", "--base"])
+    ablate.main(["attention", "--out", str(out), "--users", "4", "--base", "--dtype", "float32"])
     trained, plain, planned = json.loads((out / "attention.json").read_text())["models"]
     assert (plain["layers"], planned["layers"], trained["layers"]) == (["OR", "OR"], ["IN", "OR"], ["IN", "OR"])
     cat = data.Catalogue(d.titles, tokenizer, 0)
@@ -538,10 +538,11 @@ def test_curves(runs, tmp_path, monkeypatch):
     for out, n in ((f"{one},{runs / 'shop-OR-s1'}", 2), (str(runs), 4), (str(one), 1)):
         ablate.main(["curves", "--out", out, "--plot", str(tmp_path / "curves.png")])
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-        loss, valid = (ax.get_lines() for ax in drawn[-1].axes)
-        assert len(loss) == len(valid) == n
+        loss, valid, ndcg = (ax.get_lines() for ax in drawn[-1].axes)
+        assert len(loss) == len(valid) == len(ndcg) == n
     log = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     assert valid[0].get_xydata().tolist() == [[m["step"], m["valid_nll"]] for m in log] and len(log) == 2
     assert loss[0].get_ydata().tolist() == [m["loss"] for m in log]
+    assert ndcg[0].get_ydata().tolist() == [m["valid_NDCG@10"] for m in log]
     with pytest.raises(InputError, match="no metrics.jsonl"):
         ablate.main(["curves", "--out", str(tmp_path), "--plot", str(tmp_path / "x.png")])

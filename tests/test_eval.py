@@ -340,6 +340,7 @@ def run_folder(tmp_path):
         llama.save(tiny_model("IN-closed:1 OR:2 CR:1", seed, vocab_size=300), out / f"best-{step:06d}")
         data.train_tokenizer(TITLES, 300).save(str(out / f"best-{step:06d}" / "tokenizer.json"))
     config = dict(data=str(source), data_dir="", split="time", core=0, digest=d.digest(), base="", loss="msl", tau=0.5)
+    config["model"] = "tiny"
     (out / "config.json").write_text(json.dumps(config | {"plan": "IN-closed:1 OR:2 CR:1"}))
     return out, d
 
@@ -370,7 +371,7 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
 def test_main_takes_the_newest_model_and_its_temperature(run_folder):
     """Not the checkpoint before it, nor the plan OR, nor tau 1."""
     out, d = run_folder
-    m, cat, *_ = ev.load_run(out, torch.device("cpu"), torch.float32)
+    m, cat, *_ = ev.load_run(out)
     assert torch.equal(m.head, tiny_model("OR", 0, vocab_size=300).head) and m.plan == ["IN-closed", "OR", "OR", "CR"]
     ev.main(["--out", str(out)])
     (first, *_) = map(json.loads, (out / "predictions-test.jsonl").read_text().splitlines())

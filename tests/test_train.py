@@ -188,7 +188,7 @@ def test_a_run_leaves_what_eval_and_readers_need(run):
     """Catches checkpoints that pile up, a log with missing or doubled lines, and files left half done."""
     names = {p.name for p in run.iterdir()}
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    best = min(log, key=lambda line: line["valid_nll"])["step"]
+    best = max(log, key=lambda line: (line["valid_NDCG@10"], -line["valid_nll"]))["step"]
     wanted = {"config.json", "metrics.jsonl", "results-test.json", "predictions-test.jsonl"}
     assert names == wanted | {"step-000012", f"best-{best:06d}"}
     assert {p.name for p in (run / f"best-{best:06d}").iterdir()} == {
@@ -353,7 +353,7 @@ def assert_loadable(out: Path):
             assert place.name == f"step-{state['step']:06d}" and len(load_file(place / "weights.safetensors")) == 38
             assert len(load_file(place / "optimizer.safetensors")) == 3 * 38
     if newest(out, "best"):
-        evaluation.load_run(out, torch.device("cpu"), torch.float32)
+        evaluation.load_run(out)
     if (out / "metrics.jsonl").exists():
         steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, len(steps) + 1))
@@ -481,12 +481,12 @@ def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
     error = SafetensorError("No space left") if file[0] == "w" else OSError(28, "No space left on device")
     calls = []
 
-    def then_fill(self, examples):
+    def then_fill(self, windows):
         calls.append(1)
         if len(calls) == 2:
             kept.update(files(out))
             full_disk(patch, file, error)
-        return validate(self, examples)
+        return validate(self, windows)
 
     kept = {}
     with monkeypatch.context() as patch:
@@ -496,7 +496,7 @@ def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
     now = files(out)
     assert kept and all(now[name] == content for name, content in kept.items() if name != "metrics.jsonl")
     assert newest(out, "step").name == "step-000003" and not list(out.rglob("*.part"))
-    evaluation.load_run(out, torch.device("cpu"), torch.float32)
+    evaluation.load_run(out)
     if file == "optimizer.safetensors":
         train.main([*command(shop, out), "--resume"])
         assert_same_run(run, out)
@@ -613,14 +613,18 @@ def test_tokens_change_the_memory_and_not_the_result(shop):
 def test_validation_is_the_mean_per_item_without_dropout(shop):
     """Catches dropout in the validation, a mean per token or per micro-batch, and a model left in evaluation mode."""
     t, d = trainer(shop, ["--tokens", "150"], dropout=0.5)
-    examples = data.window_examples(d.valid[:5])
+    windows = d.valid[:5]
     t.model.train()
-    first = t.validate(examples)
+    first = t.validate(windows)
     assert t.model.training
     torch.manual_seed(5)
-    assert t.validate(examples) == first
+    assert t.validate(windows) == first
     t.model.eval()
-    assert first == pytest.approx(brute_force(t, examples)[0].item() / 5, rel=1e-5)
+    nll = brute_force(t, data.window_examples(windows))[0].item() / 5
+    assert first["valid_nll"] == pytest.approx(nll, rel=1e-5)
+    decoder = evaluation.make_decoder(t.model, t.cat, vars(t.f))
+    found = evaluation.evaluate(decoder, t.cat, windows, evaluation.Flags(beam=99))  # all there is
+    assert first["valid_NDCG@10"] == evaluation.metrics(*evaluation.positions(found))["NDCG@10"] > 0
 
 
 def test_clipping_bounds_the_norm_of_the_whole_gradient(shop):
@@ -710,9 +714,9 @@ def dry(shop, tmp_path, monkeypatch):
     """dry(flags) -> what each step would have got, and what was validated on, without computing."""
 
     def call(**flags):
-        steps, valid = [], []
+        steps, valid, scores = [], [], {"valid_nll": 1.0, "valid_NDCG@10": 0.0}
         monkeypatch.setattr(train.Trainer, "step", lambda t, *args: steps.append(args) or (len(steps), False))
-        monkeypatch.setattr(train.Trainer, "validate", lambda t, examples: valid.append(examples) or 1.0)
+        monkeypatch.setattr(train.Trainer, "validate", lambda t, w: valid.append(data.window_examples(w)) or scores)
         monkeypatch.setattr(train.Trainer, "fed", 1, raising=False)
         monkeypatch.setattr(train, "test", lambda *_: None)
         monkeypatch.setattr(train, "save_step", lambda *_: None)
@@ -771,7 +775,7 @@ SAYS = {
     ("--model", "smollm2"): r"--model smollm2 is none of tiny, smollm2-135m, .*; did you mean smollm2-135m\?",
     ("--plan", "IN:3 OR:3 CR:3"): "covers 9 layers, but the model has 4",
     ("--plan", "in:4"): "unknown layer kind 'in'",
-    ("--batch", "0"): "--batch must be above 0",
+    ("--batch", "-1"): "--batch must not be below 0",
     ("--tau", "nan"): "--tau must be above 0",
     ("--max_steps", "0"): "--max_steps must be above 0",
     ("--epochs", "-1"): "--epochs must not be below 0",
@@ -833,7 +837,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         parse_flags(train.Flags, ["--help"], train.__doc__)
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and all(f"--{name}" in text for name in train.Flags.__dataclass_fields__)
-    assert "examples in a step, whatever the hardware (default: 64)" in text
+    assert "tokens in a forward, padding included: less needs less memory, nothing else changes (default: 8192)" in text
 
 
 def test_flags_are_typed():
