@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hatllm import InputError
 
-
 DTYPES = ("auto", "float32", "bfloat16")
 
 

@@ -16,6 +16,7 @@ from hatllm import Layout, layout
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
+AHEAD = 8  # tokens that are fed at once, under full scores, where the trie leaves no choice
 LATE = 1 << 40  # a turn after that of any depth
 
 
@@ -121,6 +122,7 @@ class Decoder:
         stands among all titles' tokens, one title after the other; -1 for context."""
         self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
         self.users = torch.arange(len(item), device=item.device)  # rows of the batch that are not done
+        self.ahead, self.h = item.new_empty(0), self.model.head.new_empty(0, self.model.config.hidden_size)
         self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
         self.cache = Cache(self.model.config, *item.shape, self.model.head)
         last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
@@ -172,26 +174,35 @@ class Decoder:
             setattr(self, name, getattr(self, name)[at])
         self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
 
-    def advance(self, p: Prefixes, stop: Tensor) -> tuple[Tensor, Prefixes]:
-        """Feeds the prefixes p, sorted by user, and what follows on the way to the nodes stop (F,), where no titles part
-        before -> h (F, d) there, the prefixes there."""
-        trie = self.trie
-        n = trie.depth[stop] - trie.depth[p.node] + (trie.fan[stop] > 0)  # tokens to feed: never an end token
+    def feed_paths(self, p: Prefixes) -> tuple[Tensor, Tensor, Tensor]:
+        """Feeds the prefixes p, sorted by user, and what follows on the way to where their titles part -> of the tokens
+        fed, one path after the other: row of p, trie node, h (.., d)."""
+        trie, goal = self.trie, self.trie.stop[p.node]
+        n = trie.depth[goal] - trie.depth[p.node] + (trie.fan[goal] > 0)  # tokens to feed: never an end token
+        n = n.clamp(max=AHEAD) if self.full else n
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
         flat = torch.arange(len(row), device=n.device)
         path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
         user = torch.searchsorted(self.users, p.user[row])
         column = flat - torch.searchsorted(user, user)
-        grid = stop.new_full((len(self.users), int(column.max()) + 1), -1)
+        grid = goal.new_full((len(self.users), int(column.max()) + 1), -1)
         grid[user, column] = trie.path_node[path]
-        h, last, score = self.feed(grid), n.cumsum(0) - 1, p.score
-        if self.full:  # the tokens between are certain to follow in the trie, but not in the vocabulary
-            inner = torch.ones_like(row, dtype=torch.bool)
-            inner[last[trie.fan[stop] > 0]] = False
-            at = flat[inner].split(ROWS)
-            nll = [full_nll(self.model, h[i], trie.token[trie.path_node[path[i] + 1]]) for i in at]
-            score = score.index_add(0, row[inner], -torch.cat(nll)) if nll else score
-        return h[last], Prefixes(p.user, stop, score, p.turn)
+        return row, trie.path_node[path], self.feed(grid)
+
+    def advance(self, p: Prefixes) -> tuple[Tensor, Prefixes]:
+        """-> h (F, d), the prefixes that it stands after. trie: those where the titles of p part. full: p itself, since
+        the tokens to there are certain in the trie, but not in the vocabulary; they are fed in one go all the same, and
+        their h waits for the prefixes' turn: many small steps become few large ones."""
+        if not self.full:
+            row, node, h = self.feed_paths(p)
+            last = torch.searchsorted(row, torch.arange(len(p), device=row.device), right=True) - 1
+            return h[last], Prefixes(p.user, node[last], p.score, p.turn)
+        key = p.user * self.trie.n_nodes + p.node
+        if len(new := p[~torch.isin(key, self.ahead)]):
+            row, node, h = self.feed_paths(new)
+            self.ahead, order = torch.cat((self.ahead, new.user[row] * self.trie.n_nodes + node)).sort()
+            self.h = torch.cat((self.h, h))[order]
+        return self.h[torch.searchsorted(self.ahead, key)], p
 
     @torch.inference_mode()
     def search(
@@ -234,11 +245,7 @@ class Decoder:
             if not len(front):
                 break
             self.keep(front.user)
-            # under full scores a beam goes token by token, as Hugging Face's: what is certain to follow costs score
-            h, front = self.advance(front, trie.stop[front.node] if not self.full else
-                                    torch.where(front.turn == LATE, trie.stop[front.node], front.node))  # fmt: skip
-            ended = trie.fan[front.node] == 0  # under full scores
-            done, front, h = done + front[ended], front[~ended], h[~ended]
+            h, front = self.advance(front)
         leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
         leaf[done.user, rank], score[done.user, rank] = trie.leaf[done.node], done.score
         return Ranking(leaf, score, dropped <= score[:, -1])

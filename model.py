@@ -272,8 +272,8 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """x (..., d) -> (..., V) in fp32, or (..., len(columns)) for these tokens only, which are also computed in fp32:
-        a bfloat16 logit of 16 stands in steps of 1/8, and two titles would tie."""
+        """x (..., d) -> (..., V) in fp32, or (..., len(columns)) for these tokens only, then computed in fp32: a
+        bfloat16 logit of 16 stands in steps of 1/8, and two titles would tie."""
         if columns is None:
             return F.linear(x, self.head).float()
         with torch.autocast(x.device.type, enabled=False):
