@@ -395,6 +395,8 @@ class Catalogue:
         self.titles = [self.encode(tokenizer, t) for t in titles]
         self.first = np.cumsum([0] + [len(t) for t in self.titles])
         self.trie = Trie([np.append(t, eos) for t in self.titles])
+        items, first = self.trie.items.tolist(), self.trie.first_item.tolist()
+        self.bearers = [items[a:b] for a, b in zip(first, first[1:], strict=False)]  # the items of every leaf
 
     @staticmethod
     def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -76,16 +76,14 @@ def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
     return out
 
 
-def recommend(
-    decoder: Decoder, cat: Catalogue, histories: list, k: int, beam: int, exact: bool, exclude: bool
-) -> list[dict]:
+def recommend(decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags") -> list[dict]:
     """The items of the k best titles for every history, as predictions.jsonl has them. A title that several items bear
-    lists all of them. exclude leaves out what is in the history. A batch that is too large for the memory is halved."""
-    device = decoder.model.head.device
+    lists all of them. exclude_history leaves out what is in it. A batch that is too large for the memory is halved."""
+    device, n = decoder.model.head.device, flags.k + data.HISTORY * flags.exclude_history
     try:
         tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
-        more = data.HISTORY if exclude else 0
-        ranking = decoder.search(tokens, item, min(k + more, cat.trie.n_leaves), beam, exact, source=source)
+        limit = flags.patience or 1 << 40
+        ranking = decoder.search(tokens, item, min(n, cat.trie.n_leaves), flags.beam, flags.exact, limit, source)
     except torch.OutOfMemoryError:
         if len(histories) == 1:
             raise InputError(
@@ -93,19 +91,14 @@ def recommend(
             ) from None
         torch.cuda.empty_cache()
         half = len(histories) // 2
-        return [
-            r for h in (histories[:half], histories[half:]) for r in recommend(decoder, cat, h, k, beam, exact, exclude)
-        ]
-    items, first = cat.trie.items.tolist(), cat.trie.first_item.tolist()
+        return [r for h in (histories[:half], histories[half:]) for r in recommend(decoder, cat, h, flags)]
     out = []
     for history, leaves, scores, sure in zip(histories, *(x.tolist() for x in vars(ranking).values()), strict=True):
-        seen = set(history) if exclude else set()
+        seen = set(history) if flags.exclude_history else set()
         groups = [
-            ([i for i in items[first[x] : first[x + 1]] if i not in seen], s)
-            for x, s in zip(leaves, scores, strict=True)
-            if x >= 0
+            ([i for i in cat.bearers[x] if i not in seen], s) for x, s in zip(leaves, scores, strict=True) if x >= 0
         ]
-        groups = [g for g in groups if g[0]][:k]
+        groups = [g for g in groups if g[0]][: flags.k]
         out.append({"items": [g for g, _ in groups], "scores": [s for _, s in groups], "exact": sure})
     return out
 
@@ -131,9 +124,7 @@ def evaluate(decoder: Decoder, cat: Catalogue, windows: Windows, flags: "Flags")
     predictions = [None] * len(windows)
     with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
         for at in todo:
-            found = recommend(
-                decoder, cat, [histories[i] for i in at], flags.k, flags.beam, flags.exact, flags.exclude_history
-            )
+            found = recommend(decoder, cat, [histories[i] for i in at], flags)
             for i, p in zip(at, found, strict=True):
                 own = {"user": int(windows.user[i]), "history": histories[i], "target": int(windows.target[i])}
                 predictions[i] = own | p
@@ -162,26 +153,26 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines + [f"{name:<{wide}}" + "".join(f"{r[n]:9.4f}" for n in names) for name, r in rows.items()])
 
 
-def auc(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budget: int) -> list[float]:
-    """Per window, the share of `negatives` random titles that score below the target; a tie counts half. The
-    titles depend on the window's user and target alone, and the target's is not among them."""
+def against(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budget: int) -> np.ndarray:
+    """(N, 3): per window, the target against so many other titles, drawn without replacement and by the window's user
+    and target alone: AUC, the share of them that score below it, a tie counts half; before, ties: the items that score
+    higher, and equally high, itself among them. All titles where there are no more: the full ranking."""
     trie, device = cat.trie, decoder.model.head.device
-    histories = windows.histories()
-    todo = batches([len(cat.prompt(h)[0]) + 4 * negatives for h in histories], budget)
-    result = np.zeros(len(windows))
+    histories, size = windows.histories(), torch.tensor([len(x) for x in cat.bearers])
+    n = min(negatives, trie.n_leaves - 1)
+    todo = batches([len(cat.prompt(h)[0]) + 4 * n for h in histories], budget)
+    result = np.zeros((len(windows), 3))
     for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
-        own = trie.leaf_of_item[torch.from_numpy(windows.target[at])]
-        draw = [
-            np.random.default_rng((windows.user[i], windows.target[i])).integers(0, trie.n_leaves - 1, negatives)
-            for i in at
-        ]
-        others = torch.from_numpy(np.stack(draw))
-        others += others >= own[:, None]  # skips the target
+        own = trie.leaf_of_item[torch.from_numpy(windows.target[at])][:, None]
+        rngs = [np.random.default_rng((windows.user[i], windows.target[i])) for i in at]
+        others = torch.from_numpy(np.stack([rng.choice(trie.n_leaves - 1, n, replace=False) for rng in rngs]))
+        leaves = torch.cat((own, others + (others >= own)), 1)  # skips the target
         tokens, item, _ = data.collate_prompts(cat, [histories[i] for i in at])
-        score = decoder.score(tokens.to(device), item.to(device), torch.cat((own[:, None], others), 1).to(device))
-        won = (score[:, :1] > score[:, 1:]).double() + (score[:, :1] == score[:, 1:]).double() / 2
-        result[at] = won.mean(1).cpu().numpy()
-    return result.tolist()
+        score = decoder.score(tokens.to(device), item.to(device), leaves.to(device)).cpu()
+        more, same = score > score[:, :1], score == score[:, :1]
+        won = 1 - (more.sum(1) + (same.sum(1) - 1) / 2) / n
+        result[at] = torch.stack((won, (more * size[leaves]).sum(1), (same * size[leaves]).sum(1)), 1).numpy()
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,11 +226,12 @@ class Flags:
     k: int = 10  # how many titles are ranked and written per user
     beam: int = 20  # prefixes of a user that advance in one step
     exact: bool = True  # keep what a step leaves over, so that the top k is exact; false: a plain beam search
+    patience: int = 512  # give up being exact after so many title tokens a user (a model that knows nothing); 0: never
     score: str = "trie"  # trie: renormalised over what may follow; full: over the whole vocabulary
     exclude_history: bool = False  # never recommend what the history holds
     limit: int = 0  # evaluate the first so many windows only; 0: all
     tokens: int = 16384  # tokens in a batch: less needs less memory
-    auc: int = 0  # also the AUC of the target against so many random items
+    auc: int = 0  # also the AUC of the target against so many random titles; as many as there are: its exact rank
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is faster; tiny: on a GPU only
     recommend: tuple = ()  # titles of a history, oldest first: print what comes next
 
@@ -251,6 +243,9 @@ def main(argv: list[str]):
     for name in ("k", "beam", "tokens"):
         if getattr(flags, name) <= 0:
             raise InputError(f"--{name} must be above 0, not {getattr(flags, name)}")
+    for name in ("limit", "auc", "patience"):
+        if getattr(flags, name) < 0:
+            raise InputError(f"--{name} must not be below 0, but is {getattr(flags, name)}")
     if flags.k < KS[-1] and not flags.recommend:
         raise InputError(f"--k {flags.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     out, world = Path(flags.out or "out"), World()
@@ -258,7 +253,7 @@ def main(argv: list[str]):
     decoder = make_decoder(model, cat, config, flags.score)
     if flags.recommend:
         history = look_up(flags.recommend, d)
-        (r,) = recommend(decoder, cat, [history], flags.k, flags.beam, flags.exact, flags.exclude_history)
+        (r,) = recommend(decoder, cat, [history], flags)
         print(f"after {' | '.join(d.titles[i] for i in history)}\n{'score':>9}  item    title")
         for group, score in zip(r["items"], r["scores"], strict=True):
             print(f"{score:9.3f}  {','.join(d.ids[i] for i in group):<7} {d.titles[group[0]]}")
@@ -275,16 +270,24 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
     mine = windows[world.rank :: world.size]
     predictions = world.gather(evaluate(decoder, cat, mine, flags))
     speed = len(windows) / (time.time() - start)
-    aucs = world.gather(auc(decoder, cat, mine, flags.auc, flags.tokens)) if flags.auc else []
+    ranked = world.gather(against(decoder, cat, mine, flags.auc, flags.tokens).tolist()) if flags.auc else []
     if world.rank:
         return
-    result = report(predictions, d) | {"users/s": speed} | ({"auc": float(np.mean(aucs))} if aucs else {})
+    result = report(predictions, d) | {"users/s": speed}
     rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
+    if ranked:
+        won, before, ties = np.array(ranked).T
+        result["auc"] = float(won.mean())
+        if flags.auc >= cat.trie.n_leaves - 1:  # all titles
+            rows["model, full ranking"] = result["full ranking"] = metrics(before, ties)
+            predictions = [
+                p | {"before": int(b), "ties": int(t)} for p, b, t in zip(predictions, before, ties, strict=True)
+            ]
     print(f"{flags.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items, {flags.score} scores"
           + (", items of the history excluded (not for popularity)" if flags.exclude_history else ""))  # fmt: skip
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
-    if aucs:
-        print(f"AUC against {flags.auc} random titles: {result['auc']:.4f}")
+    if ranked:
+        print(f"AUC against {min(flags.auc, cat.trie.n_leaves - 1)} random titles: {result['auc']:.4f}")
     print(
         f"top {flags.k} exact for {result['exact']:.1%} of the users; {speed:.1f} users/s; "
         f"{out}/results-{flags.split}.json"

@@ -132,7 +132,7 @@ def test_recommend(exclude):
     _, cat, decoder = world()
     histories = [h for h, *_ in WINDOWS]
     for k in (1, 4, 10, 30):
-        found = ev.recommend(decoder, cat, histories, k, 3, True, exclude)
+        found = ev.recommend(decoder, cat, histories, ev.Flags(k=k, beam=3, exclude_history=exclude))
         for history, p in zip(histories, found, strict=True):
             score, gone = truth(history), set(history) if exclude else set()
             groups = {}
@@ -141,7 +141,12 @@ def test_recommend(exclude):
             best = sorted(groups.values(), key=lambda g: -score[g[0]])[:k]
             assert p["items"] == best and p["exact"]
             assert p["scores"] == pytest.approx([score[g[0]] for g in best], abs=1e-4)
-    both = [g for p in ev.recommend(decoder, cat, [[0]], 30, 3, True, exclude) for g in p["items"] if 8 in g]
+    both = [
+        g
+        for p in ev.recommend(decoder, cat, [[0]], ev.Flags(k=30, beam=3, exclude_history=exclude))
+        for g in p["items"]
+        if 8 in g
+    ]
     assert both == [[8] if exclude else [0, 8]]
 
 
@@ -155,7 +160,7 @@ def test_evaluate_keeps_the_order_of_the_windows():
     found = ev.evaluate(decoder, cat, d.test, flags())
     assert [(p["history"], p["target"], p["user"]) for p in found] == [(h, t, u) for h, t, u, _ in WINDOWS]
     for p in found:
-        (one,) = ev.recommend(decoder, cat, [p["history"]], 10, 20, True, False)
+        (one,) = ev.recommend(decoder, cat, [p["history"]], ev.Flags())
         assert p["items"] == one["items"] and p["scores"] == pytest.approx(one["scores"], abs=1e-4)
     assert json.loads(json.dumps(found)) == found  # no numpy numbers: they cannot be written
     before, ties = ev.positions(found)
@@ -176,13 +181,13 @@ def test_too_large_a_batch_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, tokens, *rest, **more)
 
-    room, expected = 1, ev.recommend(decoder, cat, histories, 5, 3, True, False)
+    room, expected = 1, ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
     monkeypatch.setattr(Decoder, "search", search)
-    found = ev.recommend(decoder, cat, histories, 5, 3, True, False)
+    found = ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
     assert [p["items"] for p in found] == [p["items"] for p in expected] and sizes == [4, 2, 1, 1, 2, 1, 1]
     room = 0
     with pytest.raises(InputError, match="one user alone .*--beam"):
-        ev.recommend(decoder, cat, histories, 5, 3, True, False)
+        ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
 
 
 def test_report_slices_add_up():
@@ -212,16 +217,29 @@ def test_auc_by_brute_force():
     negative; batches do not matter."""
     d, cat, decoder = world()
     n, leaves = 7, cat.trie.n_leaves
-    got = ev.auc(decoder, cat, d.test, n, 10**6)
-    assert got == pytest.approx(ev.auc(decoder, cat, d.test, n, 1))
-    assert ev.auc(decoder, cat, d.test[2:], n, 10**6) == pytest.approx(got[2:])  # as for a process's share
+    got = ev.against(decoder, cat, d.test, n, 10**6)[:, 0]
+    assert got == pytest.approx(ev.against(decoder, cat, d.test, n, 1)[:, 0])
+    assert ev.against(decoder, cat, d.test[2:], n, 10**6)[:, 0] == pytest.approx(got[2:])  # as for a process's share
     for (history, target, user, _), value in zip(WINDOWS, got, strict=True):
         own = int(cat.trie.leaf_of_item[target])
         score = dict(zip(cat.trie.leaf_of_item.tolist(), truth(history), strict=True))
         others = [x for x in range(leaves) if x != own]
-        drawn = np.random.default_rng((user, target)).integers(0, leaves - 1, n)
+        drawn = np.random.default_rng((user, target)).choice(leaves - 1, n, replace=False)
         won = [(score[own] > score[others[x]]) + (score[own] == score[others[x]]) / 2 for x in drawn]
         assert value == pytest.approx(np.mean(won))
+
+
+def test_all_negatives_are_the_full_ranking():
+    """Ranks among all items, by brute force: a title that two items bear counts twice, and ties with its own twin."""
+    d, cat, decoder = world()
+    for (history, target, *_), (won, before, ties) in zip(
+        WINDOWS, ev.against(decoder, cat, d.test, 10**6, 10**6), strict=True
+    ):
+        score = truth(history)
+        assert before == sum(s > score[target] for s in score) and ties == sum(s == score[target] for s in score)
+        other = {cat.trie.leaf_of_item[i].item(): s for i, s in enumerate(score)}
+        own = other.pop(cat.trie.leaf_of_item[target].item())
+        assert won == pytest.approx(np.mean([own > s for s in other.values()]))
 
 
 def test_auc_of_known_scores():
@@ -236,11 +254,16 @@ def test_auc_of_known_scores():
 
     fake = SimpleNamespace(model=SimpleNamespace(head=torch.zeros(1)), score=score)
     for slope in (1, -1, 0):
-        for value, target in zip(ev.auc(fake, cat, d.test, 4000, 10**9), d.test.target, strict=True):
-            below = int(cat.trie.leaf_of_item[target]) / (leaves - 1)
-            assert abs(value - {1: below, -1: 1 - below, 0: 0.5}[slope]) < 0.04
+        windows = d.test[np.tile(np.arange(len(d.test)), 800)]
+        windows.user = np.arange(len(windows))  # each draws its own five
+        value = ev.against(fake, cat, windows, 5, 10**9)[:, 0]
+        below = cat.trie.leaf_of_item[torch.from_numpy(windows.target)].numpy() / (leaves - 1)
+        for target in np.unique(windows.target):
+            at = windows.target == target
+            assert abs(value[at].mean() - {1: below, -1: 1 - below, 0: 0 * below + 0.5}[slope][at][0]) < 0.04
     lists = torch.cat(seen)
     assert (lists[:, 1:] != lists[:, :1]).all() and lists.min() == 0 and lists.max() == leaves - 1
+    assert all(len(set(x)) == 6 for x in lists.tolist())  # none is drawn twice
 
 
 def test_order_of_a_list_has_no_influence():
@@ -346,7 +369,7 @@ def run_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", ["", "--exact false --score full", "--exclude_history", "--limit 2 --auc 3 --split valid"]
+    "more", ["", "--exact false --score full", "--exclude_history", "--limit 2 --auc 3 --split valid", "--auc 999"]
 )
 def test_main_writes_what_it_prints(run_folder, capsys, more):
     """results-SPLIT.json, the table, and the metrics of predictions-SPLIT.jsonl are the same numbers."""
@@ -362,7 +385,11 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
     assert result["popularity"] == ev.metrics(*ev.popularity(d, windows))
     line = next(x for x in shown.splitlines() if x.startswith("model"))
     assert line.split()[1:] == [f"{result['model'][f'{m}@{k}']:.4f}" for m in ("HR", "NDCG") for k in ev.KS]
-    assert ("auc" in result["model"]) == ("AUC against 3" in shown) == ("--auc" in more)
+    assert ("auc" in result["model"]) == ("AUC against " in shown) == ("--auc" in more)
+    if "999" in more:  # all titles: ranks that agree with the exact top 10, and metrics from them
+        ranks = np.array([(p["before"], p["ties"]) for p in found]).T
+        assert result["model"]["full ranking"] == ev.metrics(*ranks)
+        assert result["model"]["full ranking"]["NDCG@10"] == pytest.approx(result["model"]["NDCG@10"])
     inside = [i for p in found for g in p["items"] for i in g if i in p["history"]]
     assert not inside if "exclude" in more else inside
     assert result["flags"]["exclude_history"] == ("exclude" in more)
@@ -375,7 +402,7 @@ def test_main_takes_the_newest_model_and_its_temperature(run_folder):
     assert torch.equal(m.head, tiny_model("OR", 0, vocab_size=300).head) and m.plan == ["IN-closed", "OR", "OR", "CR"]
     ev.main(["--out", str(out)])
     (first, *_) = map(json.loads, (out / "predictions-test.jsonl").read_text().splitlines())
-    (p,) = ev.recommend(Decoder(m, cat.trie, tau=0.5), cat, [first["history"]], 10, 20, True, False)
+    (p,) = ev.recommend(Decoder(m, cat.trie, tau=0.5), cat, [first["history"]], ev.Flags())
     assert p["items"] == first["items"] and p["scores"] == pytest.approx(first["scores"], abs=1e-4)
 
 
