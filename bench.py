@@ -2,8 +2,9 @@
 
     python bench.py decode --beams 10,20 --score trie,full   # Decoder.search against generate(prefix_allowed_tokens_fn)
     python bench.py train --batch 8                          # Trainer.step against LlamaForCausalLM with peft's LoRA
+    python bench.py cache --users 32                         # prefill with and without the item cache of IN-closed
 
-Both check that the answers agree. A ratio is the median over rounds of one side's time over the other's, so others on
+All check that the answers agree. A ratio is the median over rounds of one side's time over the other's, so others on
 the machine do little harm; --clock cpu does better. Memory is what a run adds, at its peak, to the weights, which both
 sides share. The last line is one JSON object with all numbers. Needs requirements-dev.txt.
 """
@@ -56,7 +57,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 
 
-def setup(flags: Flags) -> tuple[Llama, Catalogue, data.Dataset, dict]:
+def setup(flags: Flags, plan: str = "OR") -> tuple[Llama, Catalogue, data.Dataset, dict]:
     """Model, catalogue, data, and what the numbers hold for, which is printed."""
     global clock
     clock, (device, dtype) = (
@@ -65,7 +66,7 @@ def setup(flags: Flags) -> tuple[Llama, Catalogue, data.Dataset, dict]:
     )
     torch.set_num_threads(flags.threads)
     d = data.load(flags.data, flags.data_dir)
-    model, tokenizer, _ = training.build(training.Flags(model=flags.model, plan="OR", lora=0), d.titles, device, dtype)
+    model, tokenizer, _ = training.build(training.Flags(model=flags.model, plan=plan, lora=0), d.titles, device, dtype)
     cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     head = {"date": str(date.today()), "machine": machine, "torch": torch.__version__}
@@ -265,6 +266,31 @@ matmul are {rate / flops * n:.3g} users/s, the best row is at {best * flops / n 
     return head | {"rows": rows, "matmul GFLOP/s": rate / 1e9, "limit users/s": rate / flops * n}
 
 
+def cache(flags: Flags) -> dict:
+    """Prefill under IN-closed:1/4 OR CR:1/4, all layers for every user against the closed ones once a title."""
+    model, cat, d, head = setup(flags, "IN-closed:1/4 OR CR:1/4")
+    windows = d.test[np.random.default_rng(0).permutation(len(d.test))[: flags.users]]
+    prompts, x = (
+        [v.to(model.head.device) for v in data.collate_prompts(cat, windows.histories())],
+        Decoder(model, cat.trie),
+    )
+    _, once, mib = measure(x.remember, cat.titles)
+    sides = {"all layers": lambda r: x.prefill(*prompts[:2]), "item cache": lambda r: x.prefill(*prompts)}
+    with torch.inference_mode():
+        runs = in_turns(sides, flags.rounds)
+    tokens, titles = int((prompts[1] >= 0).sum()), int((prompts[1] > 0).sum())
+    share = {"all layers": 1.0, "item cache": 1 - titles / tokens * x.closed / len(model.layers)}
+    rows = [
+        row | {"users/s": len(windows) / row["s"], "tokens x layers": share[name]} for name, (_, row) in runs.items()
+    ]
+    gap = float((runs["all layers"][0][0] - runs["item cache"][0][0]).abs().max())
+    show(rows)
+    n = sum(map(len, cat.titles))
+    print(f"""tokens x layers: share of the prefill's work; the {n:,} tokens of all titles went through {x.closed} of
+{len(model.layers)} layers once: {once:.3g} s, {mib:,.0f} MiB; largest difference of the states {gap:.0e}""")
+    return head | {"rows": rows, "once s": once, "once MiB": mib, "gap": gap}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train
 
@@ -340,9 +366,9 @@ losses {"agree" if worst < bound else "DIFFER"}: at most {worst:.0e} apart""")
 
 
 def main(argv: list[str]):
-    modes = {"decode": decode, "train": train}
+    modes = {"decode": decode, "cache": cache, "train": train}
     if not argv or argv[0] not in (*modes, "--help"):
-        raise InputError("python bench.py decode or python bench.py train, then flags; see python bench.py --help")
+        raise InputError("python bench.py decode, train or cache, then flags; see python bench.py --help")
     try:
         print(json.dumps(modes.get(argv[0], decode)(parse_flags(Flags, argv[argv[0] in modes :], __doc__))))
     except ModuleNotFoundError as e:

@@ -204,6 +204,7 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.compiled = self.compute  # train.py --compile replaces it: decoding has too many shapes to be compiled
 
     def forward(
         self, x: Tensor, rope, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None
@@ -212,7 +213,8 @@ class Block(nn.Module):
         amp = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
         mask = layout.additive_mask(self.kind, self.G, dtype)  # all of HatLLM: what this layer's tokens may look at
-        return self.compute(x, rope, mask, cache, rows)
+        compute = self.compiled if cache is None and torch.is_grad_enabled() else self.compute
+        return compute(x, rope, mask, cache, rows)
 
     def compute(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)

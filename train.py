@@ -399,7 +399,7 @@ def main(argv: list[str]):
     world.barrier()
     model.checkpointing = f.checkpointing
     for block in model.layers if f.compile else ():
-        block.compute = torch.compile(block.compute, dynamic=True)
+        block.compiled = torch.compile(block.compute, dynamic=True)
     t = Trainer(f, model, cat, world, device, dtype)
     if world.rank == 0:
         sizes = (

@@ -769,6 +769,38 @@ def test_checkpointing_gives_the_same_gradients(plan):
     assert_close(grads[1], grads[0], rtol=0, atol=0)
 
 
+def test_rows_are_those_of_the_whole_forward():
+    """The last MLP and norm on some tokens only: the same values and gradients, in the order asked for."""
+    model = tiny_model("IN:1 OR:2 CR:1")
+    tokens, item = pad(prompts(3))
+    rows = torch.tensor([7, 2, tokens.shape[1] + 3, 2])
+    whole, some = model(tokens, layout(item)).flatten(0, 1)[rows], model(tokens, layout(item), rows=rows)
+    assert_close(some, whole, rtol=0, atol=1e-6)
+    p = model.layers[0].self_attn.k_proj.weight
+    a, b = (torch.autograd.grad(y.square().sum(), p)[0] for y in (whole, some))
+    assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_keeps_gate_and_up_alone():
+    """What a frozen MLP keeps for the backward pass: 2 of its width per token; silu(gate) would be a third one."""
+    model = tiny_model().requires_grad_(False)
+    x, kept = torch.randn(1, 50, 32, requires_grad=True), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        model.layers[0].mlp(x)
+    assert sum(t.numel() for at, t in kept.items() if at not in weights) == 2 * 48 * 50
+
+
+def test_bf16_logits_of_some_columns_are_not_rounded():
+    """In bfloat16 steps of 1/8 a hundred tokens of a flat model would share a few scores."""
+    model = tiny_model().bfloat16()
+    x, columns = torch.randn(5, 32).bfloat16(), torch.arange(3, 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model.logits(x, columns)
+    assert z.dtype == torch.float32
+    assert_close(z, x.float() @ model.head[columns].float().T, rtol=0, atol=1e-5)
+
+
 def test_init_weights():
     """GPT-2's: projections into the residual stream are smaller. llama2.c scaled w3, the up projection, instead."""
     model = Llama(tiny_config(hidden_size=128, intermediate_size=256, num_hidden_layers=8)).init_weights()
