@@ -103,10 +103,7 @@ def once(place: Path, argv: list[str]):
     argv = [*argv, "--resume", "--out", str(place)]
     f = parse_flags(train.Flags, argv, train.__doc__)
     if (place / "results-test.json").exists():
-        resolved = ["lora"] * (f.model == "tiny") + [
-            k for k in ("lr", "batch") if not getattr(f, k)
-        ]  # what train.main sets itself
-        train.prepare_out(f, place, {k: v for k, v in vars(f).items() if k not in resolved})
+        train.prepare_out(f, place, vars(train.resolve(f)))
         return print("finished already", flush=True)
     gc.collect()  # what a failed run left behind
     if f.compile:

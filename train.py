@@ -43,7 +43,7 @@ class Flags:
     data_dir: str = ""  # where data sets lie; else $HATLLM_DATA, else data/, to which presets are fetched
     split: str = "time"  # time: 8:1:1 by the target's time; loo: leave one out
     core: int = 5  # keep users and items with at least so many interactions; 0: all
-    targets: str = "last"  # last: one target a window, the published recipe; all: every training item is a target
+    targets: str = "auto"  # last: one a window, the published recipe; all: every training item; auto: all for tiny
     share_history: bool = True  # under targets all, the targets of one history share one forward
     limit: int = 0  # train on so many examples only, the same for every seed; 0: all
     model: str = "tiny"  # tiny: from scratch; smollm2-135m; or the path of a Hugging Face Llama folder
@@ -367,9 +367,19 @@ def mfu(t: Trainer, tokens_per_second: float) -> str:
     return f", MFU {(4 if t.f.lora else 6) * weights * tokens_per_second / t.world.size / peak:.1%}"
 
 
+def resolve(f: Flags) -> Flags:
+    """Fills in the defaults that depend on the model."""
+    tiny = f.model == "tiny"
+    f.lora = 0 if tiny else f.lora
+    f.targets = f.targets if f.targets != "auto" else "all" if tiny else "last"
+    f.batch = f.batch or (64 if tiny else 16)
+    f.lr = f.lr or (1e-3 if tiny else 3e-4 if f.lora else 1e-4)
+    return f
+
+
 def main(argv: list[str]):
     f = parse_flags(Flags, argv, __doc__)
-    for name, known in (("loss", ("lml", "msl")), ("targets", ("last", "all")), ("split", ("time", "loo"))):
+    for name, known in (("loss", ("lml", "msl")), ("targets", ("auto", "last", "all")), ("split", ("time", "loo"))):
         choose(name, getattr(f, name), known)
     for name in ("tokens", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
         if not getattr(f, name) > 0:
@@ -380,9 +390,7 @@ def main(argv: list[str]):
     for name in ("warmup", "lora_dropout"):
         if not 0 <= getattr(f, name) < 1:
             raise InputError(f"--{name} is a share, from 0 to below 1, not {getattr(f, name)}")
-    f.lora = 0 if f.model == "tiny" else f.lora
-    f.batch = f.batch or (64 if f.model == "tiny" else 16)
-    f.lr = f.lr or (1e-3 if f.model == "tiny" else 3e-4 if f.lora else 1e-4)
+    resolve(f)
     world, (device, dtype) = World(), device_and_dtype(f.dtype, f.model)
     d = data.load(f.data, f.data_dir, f.split, f.core)
     model, tokenizer, base = build(f, d.titles, device, dtype)

@@ -87,7 +87,7 @@ def base(tmp_path_factory, shop) -> Path:
 def command(shop: Path, out: Path, model="tiny", **flags) -> list[str]:
     """37 examples in steps of 8, the last of an epoch of 5; 12 steps are 2.4 epochs."""
     flags = dict(limit=37, batch=8, max_steps=12, eval_every=3, valid_limit=5, test_limit=7, lr=0.01) | flags
-    flags = dict(data=shop, out=out, model=model) | flags
+    flags = dict(data=shop, out=out, model=model, targets="last") | flags
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
@@ -775,7 +775,7 @@ SAYS = {
     ("--batch", "many"): "argument --batch: invalid int value: 'many'",
     ("--resume", "yes"): "'yes' is neither true nor false",
     ("--loss", "mls"): r"--loss mls is none of lml, msl; did you mean",
-    ("--targets", "lsat"): r"--targets lsat is none of last, all; did you mean last\?",
+    ("--targets", "lsat"): r"--targets lsat is none of auto, last, all; did you mean last\?",
     ("--dtype", "float16"): "--dtype float16 is none of auto, float32, bfloat16",
     ("--model", "smollm2"): r"--model smollm2 is none of tiny, smollm2-135m, .*; did you mean smollm2-135m\?",
     ("--plan", "IN:3 OR:3 CR:3"): "covers 9 layers, but the model has 4",
@@ -809,6 +809,20 @@ def test_too_few_users_are_one_sentence(shop, tmp_path):
     with pytest.raises(InputError, match="0 / .* windows"):
         train.main([*command(few, tmp_path / "out"), "--core", "0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_defaults_by_model():
+    """Catches a default that overrides what was asked for, or that a pretrained model gets from tiny."""
+    asked = dict(targets="last", batch=5, lr=0.5)
+    for model, flags, want in (
+        ("tiny", {}, ("all", 64, 1e-3, 0)),
+        ("smollm2-135m", {}, ("last", 16, 3e-4, 8)),
+        ("smollm2-135m", {"lora": 0}, ("last", 16, 1e-4, 0)),
+        ("tiny", asked, ("last", 5, 0.5, 0)),
+        ("path", asked | {"targets": "all", "lora": 2}, ("all", 5, 0.5, 2)),
+    ):
+        f = train.resolve(train.Flags(model=model, **flags))
+        assert (f.targets, f.batch, f.lr, f.lora) == want
 
 
 def test_the_command_itself(shop, tmp_path):
