@@ -16,7 +16,6 @@ from hatllm import Layout, layout
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
-AHEAD = 8  # tokens that are fed at once, under full scores, where the trie leaves no choice
 LATE = 1 << 40  # a turn after that of any depth
 
 
@@ -122,7 +121,6 @@ class Decoder:
         stands among all titles' tokens, one title after the other; -1 for context."""
         self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
         self.users = torch.arange(len(item), device=item.device)  # rows of the batch that are not done
-        self.ahead, self.h = item.new_empty(0), self.model.head.new_empty(0, self.model.config.hidden_size)
         self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
         self.cache = Cache(self.model.config, *item.shape, self.model.head)
         last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
@@ -174,12 +172,12 @@ class Decoder:
             setattr(self, name, getattr(self, name)[at])
         self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
 
-    def feed_paths(self, p: Prefixes) -> tuple[Tensor, Tensor, Tensor]:
-        """Feeds the prefixes p, sorted by user, and what follows on the way to where their titles part -> of the tokens
-        fed, one path after the other: row of p, trie node, h (.., d)."""
-        trie, goal = self.trie, self.trie.stop[p.node]
-        n = trie.depth[goal] - trie.depth[p.node] + (trie.fan[goal] > 0)  # tokens to feed: never an end token
-        n = n.clamp(max=AHEAD) if self.full else n
+    def advance(self, p: Prefixes) -> tuple[Tensor, Prefixes]:
+        """Feeds the prefixes p, sorted by user, and what follows on the way to where titles part -> h (F, d) there, the
+        prefixes there. full: p alone, for what follows is certain in the trie, but not in the vocabulary."""
+        trie = self.trie
+        goal = p.node if self.full else trie.stop[p.node]
+        n = trie.depth[goal] - trie.depth[p.node] + 1  # tokens to feed
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
         flat = torch.arange(len(row), device=n.device)
         path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
@@ -187,22 +185,7 @@ class Decoder:
         column = flat - torch.searchsorted(user, user)
         grid = goal.new_full((len(self.users), int(column.max()) + 1), -1)
         grid[user, column] = trie.path_node[path]
-        return row, trie.path_node[path], self.feed(grid)
-
-    def advance(self, p: Prefixes) -> tuple[Tensor, Prefixes]:
-        """-> h (F, d), the prefixes that it stands after. trie: those where the titles of p part. full: p itself, since
-        the tokens to there are certain in the trie, but not in the vocabulary; they are fed in one go all the same, and
-        their h waits for the prefixes' turn: many small steps become few large ones."""
-        if not self.full:
-            row, node, h = self.feed_paths(p)
-            last = torch.searchsorted(row, torch.arange(len(p), device=row.device), right=True) - 1
-            return h[last], Prefixes(p.user, node[last], p.score, p.turn)
-        key = p.user * self.trie.n_nodes + p.node
-        if len(new := p[~torch.isin(key, self.ahead)]):
-            row, node, h = self.feed_paths(new)
-            self.ahead, order = torch.cat((self.ahead, new.user[row] * self.trie.n_nodes + node)).sort()
-            self.h = torch.cat((self.h, h))[order]
-        return self.h[torch.searchsorted(self.ahead, key)], p
+        return self.feed(grid)[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.turn)
 
     @torch.inference_mode()
     def search(
@@ -234,9 +217,10 @@ class Decoder:
             worst[done.user[rank == k - 1]] = done.score[rank == k - 1]
             wait = wait + new[~over]
             wait = wait[wait.score > worst[wait.user]]
-            if self.slots.shape[1] >= limit and bool((wait.turn == LATE).all()):
-                dropped.scatter_reduce_(0, wait.user, wait.score, "amax")
-                break
+            if self.slots.shape[1] >= limit:
+                late = wait[wait.turn == LATE]
+                dropped.scatter_reduce_(0, late.user, late.score, "amax")
+                wait = wait[wait.turn < LATE]
             front, wait, left = self.choose(wait, beam, B)
             if exact:
                 wait = wait + left
@@ -244,7 +228,7 @@ class Decoder:
                 dropped.scatter_reduce_(0, left.user, left.score, "amax")
             if not len(front):
                 break
-            self.keep(front.user)
+            self.keep(torch.cat((front.user, wait.user)))
             h, front = self.advance(front)
         leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
         leaf[done.user, rank], score[done.user, rank] = trie.leaf[done.node], done.score
@@ -259,9 +243,9 @@ class Decoder:
     @staticmethod
     def choose(p: Prefixes, beam: int, B: int) -> tuple[Prefixes, Prefixes, Prefixes]:
         """Of every user's prefixes whose turn is next, the `beam` best; those whose turn has not come; what is left
-        over of those whose turn it was, which come late from now on."""
+        over of those whose turn it was, which come late from now on: once nobody's beam goes on."""
         turn = torch.full((B,), LATE, device=p.user.device).scatter_reduce(0, p.user, p.turn, "amin")
-        next_ = p.turn == turn[p.user]
+        next_ = (p.turn == turn[p.user]) & ((p.turn < LATE) | (p.turn == LATE).all())
         rest, p = p[~next_], p[next_]
         order, rank = best_first(p.user, p.score)
         left = p[order[rank >= beam]]
