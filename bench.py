@@ -251,7 +251,7 @@ def decode(flags: Flags) -> dict:
                     lists, row = found[0], row | {"prompt": theirs.fed[0] / n, "title": sum(theirs.fed[1:]) / n}
                 else:
                     parts = split(lambda f=sides[name]: f(1), watched)
-                    row |= {"prompt": prompt / n, "title": int((x.slots >= 0).sum()) / n}
+                    row |= {"prompt": prompt / n, "title": x.fed / n}
                     row |= agreement(found[0], lists) | parts
                 rows.append(row)
     rows = [{key: row.get(key) for key in rows[-1]} for row in rows]

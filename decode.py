@@ -121,6 +121,7 @@ class Decoder:
         stands among all titles' tokens, one title after the other; -1 for context."""
         self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
         self.users = torch.arange(len(item), device=item.device)  # rows of the batch that are not done
+        self.fed = 0  # title tokens since, of all users
         self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
         self.cache = Cache(self.model.config, *item.shape, self.model.head)
         last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
@@ -151,6 +152,7 @@ class Decoder:
         item = torch.cat((self.item, torch.where(self.slots >= 0, self.title[:, None], -1)), 1)
         pos = self.length[:, None] + trie.depth[nodes] - 1
         rows = torch.nonzero(nodes.flatten() >= 0).flatten()
+        self.fed += len(rows)
         return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
