@@ -328,7 +328,9 @@ def train(f: Flags, t: Trainer, pool: list[Example], valid: Windows, tokenizer, 
                                 f"{tokens / seconds:,.0f} tokens/s{mfu(t, tokens / seconds)}")  # fmt: skip
             due = step + 1 == total or (step + 1) % f.eval_every == 0
             if due:
+                since = time.time()
                 line = {"step": step + 1, "loss": float(np.mean(state["losses"]))} | t.validate(valid)
+                start += time.time() - since  # tokens/s and seconds are of the training alone
                 line |= {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds,
                          "targets": state["targets"]}  # fmt: skip
                 log(out, t, line, state, tokenizer, base)
