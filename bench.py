@@ -329,7 +329,8 @@ class Finetune:
 
 def train(flags: Flags) -> dict:
     model, cat, d, head = setup(flags)
-    f = training.Flags(batch=flags.batch, lr=flags.lr, lora_dropout=0.0, tokens=10**9, loss="lml")
+    tokens = training.resolve(training.Flags()).tokens
+    f = training.Flags(batch=flags.batch, lr=flags.lr, lora_dropout=0.0, tokens=tokens, loss="lml")
     torch.manual_seed(0)
     theirs, device, dtype, rows = transformers_model(model), model.head.device, model.head.dtype, []
     llama.add_lora(model, f.lora, f.lora_alpha, 0.0, f.lora_targets).to(device).train()
@@ -360,6 +361,7 @@ def train(flags: Flags) -> dict:
     show(rows)
     worst, bound = max(row["gap"] or 0 for row in rows), 1e-4 if dtype == torch.float32 else 2e-2
     print(f"""all: every item of a history is a target, in its own prompt or in one forward; tokens: fed, without pads
+(ours pads forwards of like length, the other side the whole step)
 ratio, memory: over those of transformers + peft on the same targets
 losses {"agree" if worst < bound else "DIFFER"}: at most {worst:.0e} apart""")
     return head | {"rows": rows, "losses agree": worst < bound}

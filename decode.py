@@ -108,7 +108,7 @@ class Decoder:
         size = torch.tensor([len(t) for t in titles])
         self.states = self.model.head.new_empty(int(size.sum()), self.model.config.hidden_size)
         first = size.cumsum(0) - size
-        for part in torch.argsort(size, stable=True).split(256):
+        for part in torch.argsort(size, stable=True).split(64):
             tokens = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(titles[i]) for i in part], True)
             own = torch.arange(tokens.shape[1]) < size[part, None]
             tokens, item = tokens.to(self.states.device), torch.where(own, 1, -1).to(self.states.device)

@@ -64,7 +64,7 @@ class Flags:
     clip: float = 1.0  # norm of the gradient at most
     seed: int = 0  # of the initial weights, the order of the examples, dropout
     # hardware
-    tokens: int = 8192  # tokens in a forward, padding included: less needs less memory, nothing else changes
+    tokens: int = 0  # in a forward, padding included: less needs less memory; 0: 8192 on a GPU, 2048 on a CPU
     dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is faster; tiny: on a GPU only
     compile: bool = False  # torch.compile each block
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -184,7 +184,7 @@ class Trainer:
         for b in self.shard(data.window_examples(windows))[0]:
             total += self.nll(b)
         self.world.sum_([total])
-        flags = evaluation.Flags(exact=False, tokens=self.f.tokens)
+        flags = evaluation.Flags(exact=False)
         found = evaluation.evaluate(decoder, self.cat, windows[self.world.rank :: self.world.size], flags)
         found = evaluation.metrics(*evaluation.positions(self.world.gather(found)))
         self.model.train()
@@ -370,11 +370,12 @@ def mfu(t: Trainer, tokens_per_second: float) -> str:
 
 
 def resolve(f: Flags) -> Flags:
-    """Fills in the defaults that depend on the model."""
+    """Fills in the defaults that depend on the model and on the machine."""
     tiny = f.model == "tiny"
     f.lora = 0 if tiny else f.lora
     f.targets = f.targets if f.targets != "auto" else "all" if tiny else "last"
     f.batch = f.batch or (64 if tiny else 16)
+    f.tokens = f.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length better
     f.lr = f.lr or (1e-3 if tiny else 3e-4 if f.lora else 1e-4)
     return f
 
@@ -383,10 +384,10 @@ def main(argv: list[str]):
     f = parse_flags(Flags, argv, __doc__)
     for name, known in (("loss", ("lml", "msl")), ("targets", ("auto", "last", "all")), ("split", ("time", "loo"))):
         choose(name, getattr(f, name), known)
-    for name in ("tokens", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
+    for name in ("eval_every", "valid_limit", "tau", "clip", "max_steps"):
         if not getattr(f, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(f, name)}")
-    for name in ("core", "batch", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
+    for name in ("core", "batch", "tokens", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
         if not getattr(f, name) >= 0:
             raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
     for name in ("warmup", "lora_dropout"):

@@ -856,7 +856,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         parse_flags(train.Flags, ["--help"], train.__doc__)
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and all(f"--{name}" in text for name in train.Flags.__dataclass_fields__)
-    assert "tokens in a forward, padding included: less needs less memory, nothing else changes (default: 8192)" in text
+    assert "of the initial weights, the order of the examples, dropout (default: 0)" in text
 
 
 def test_flags_are_typed():
