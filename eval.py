@@ -226,7 +226,7 @@ class Flags:
     k: int = 10  # how many titles are ranked and written per user
     beam: int = 20  # prefixes of a user that advance in one step
     exact: bool = True  # keep what a step leaves over, so that the top k is exact; false: a plain beam search
-    patience: int = 512  # give up being exact after so many title tokens a user (a model that knows nothing); 0: never
+    patience: int = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: never
     score: str = "trie"  # trie: renormalised over what may follow; full: over the whole vocabulary
     exclude_history: bool = False  # never recommend what the history holds
     limit: int = 0  # evaluate the first so many windows only; 0: all
