@@ -202,9 +202,9 @@ class Decoder:
     ) -> Ranking:
         """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `beam` best
         of them, on to where their titles part (full scores: by a token): a beam search.
-        What it leaves over is dropped, or (exact) waits until the beam is done and then goes on best first, as far as
-        it can still enter the top k; Ranking.exact tells for whom nothing can. limit: tokens that the busiest user of
-        the batch may cost before what still waits then is dropped. source: see prefill."""
+        What it leaves over is dropped, or (exact) waits until all beams are done and then goes on best first, as far as
+        it can still enter the top k; Ranking.exact tells for whom nothing can. limit: once the title tokens of every
+        step's busiest user add up to so many, what is left over is dropped. source: see prefill."""
         trie, B = self.trie, len(item)
         h, users = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
         front = Prefixes(users, 0 * users, torch.zeros(B, device=item.device), 0 * users)
