@@ -825,6 +825,20 @@ def test_defaults_by_model():
         assert (f.targets, f.batch, f.lr, f.lora) == want
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch):
+    """Catches half precision on a CPU that would emulate it, or for tiny, whose numbers should be any CPU's."""
+    for has, model, want in (
+        ({"avx512_bf16": True}, "smollm2-135m", torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, "path", torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, "path", torch.float32),
+        ({"avx512_bf16": True}, "tiny", torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert common.device_and_dtype("auto", model)[1] == want
+        assert common.device_and_dtype("float32", model)[1] == torch.float32
+
+
 def test_the_command_itself(shop, tmp_path):
     """Catches a traceback or exit code 0 outside of main, once in a real process."""
     ran = subprocess.run([sys.executable, "train.py", "--batchsize", "3"], cwd=REPO, capture_output=True, text=True)
