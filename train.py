@@ -279,7 +279,7 @@ def prepare_out(f: Flags, out: Path, config: dict):
     """Makes the run's folder with its config.json, or finds that the one there is this run's. Nothing is replaced."""
     old = read_config(out)
     if f.resume and old:
-        free = ("resume", "overwrite", "out", "test_limit", "data_dir", "base", "tokens")
+        free = ("resume", "overwrite", "out", "test_limit", "data_dir", "base", "tokens", "checkpointing")
         for name in [n for n in config if n not in free and old.get(n) != config[n]]:
             what = f"--{name} was {old.get(name)}, now it is {config[name]}"
             what = "the data has changed" if name == "digest" else what
@@ -313,7 +313,13 @@ def train(f: Flags, t: Trainer, pool: list[Example], valid: Windows, tokenizer, 
             at = step_examples(pool, step, f)
             chosen = [pool[i] for i in at]
             lr = learning_rate(step, total, f)
-            loss, asked = t.step(chosen, lr, (f.seed * 1_000_003 + step) * 1009 + t.world.rank, stop.asked)
+            try:
+                loss, asked = t.step(chosen, lr, (f.seed * 1_000_003 + step) * 1009 + t.world.rank, stop.asked)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"step {step} does not fit into the memory; lower --tokens (now {f.tokens}) or add --checkpointing "
+                    "to the same command with --resume: they change no number"
+                ) from None
             if not math.isfinite(loss):
                 good = newest(out, "step")
                 raise InputError(

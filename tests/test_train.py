@@ -811,6 +811,24 @@ def test_too_few_users_are_one_sentence(shop, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_small_a_memory_names_the_flags(shop, tmp_path, monkeypatch):
+    """Catches a traceback from CUDA, and a remedy that --resume then refuses."""
+    out, nll, calls = tmp_path / "out", train.Trainer.nll, []
+
+    def too_large(self, b):
+        calls.append(1)
+        if len(calls) > 10 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return nll(self, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "nll", too_large)
+        with pytest.raises(InputError, match=r"step \d+ does not fit .*--tokens \(now \d+\).*--checkpointing"):
+            train.main(command(shop, out, max_steps=9))
+    train.main([*command(shop, out, max_steps=9), "--resume", "--tokens", "99", "--checkpointing"])
+    assert (out / "results-test.json").exists()
+
+
 def test_defaults_by_model():
     """Catches a default that overrides what was asked for, or that a pretrained model gets from tiny."""
     asked = dict(targets="last", batch=5, lr=0.5)
