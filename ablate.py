@@ -174,7 +174,7 @@ def read_run(place: Path) -> dict:
     own = {k: c[k] for k in ("plan", "seed", "digest")} | {"data": Path(c["data"]).name, "place": place}
     own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"], "gain": gains(*at, max(KS))}
     own["windows"] = np.array([(p["user"], p["target"]) for p in predictions])
-    best = max(read(place / "metrics.jsonl"), key=lambda line: (line["valid_NDCG@10"], -line["valid_nll"]))
+    best = max(read(place / "metrics.jsonl"), key=train.merit)
     return own | {"metrics": metrics(*at) | {"valid nll": best["valid_nll"]}}
 
 

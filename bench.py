@@ -60,10 +60,8 @@ clock = CLOCKS["wall"]
 def setup(flags: Flags, plan: str = "OR") -> tuple[Llama, Catalogue, data.Dataset, dict]:
     """Model, catalogue, data, and what the numbers hold for, which is printed."""
     global clock
-    clock, (device, dtype) = (
-        CLOCKS[choose("clock", flags.clock, (*CLOCKS,))],
-        device_and_dtype(flags.dtype, flags.model),
-    )
+    clock = CLOCKS[choose("clock", flags.clock, (*CLOCKS,))]
+    device, dtype = device_and_dtype(flags.dtype, flags.model)
     torch.set_num_threads(flags.threads)
     d = data.load(flags.data, flags.data_dir)
     model, tokenizer, _ = training.build(training.Flags(model=flags.model, plan=plan, lora=0), d.titles, device, dtype)
@@ -270,10 +268,8 @@ def cache(flags: Flags) -> dict:
     """Prefill under IN-closed:1/4 OR CR:1/4, all layers for every user against the closed ones once a title."""
     model, cat, d, head = setup(flags, "IN-closed:1/4 OR CR:1/4")
     windows = d.test[np.random.default_rng(0).permutation(len(d.test))[: flags.users]]
-    prompts, x = (
-        [v.to(model.head.device) for v in data.collate_prompts(cat, windows.histories())],
-        Decoder(model, cat.trie),
-    )
+    prompts = [v.to(model.head.device) for v in data.collate_prompts(cat, windows.histories())]
+    x = Decoder(model, cat.trie)
     _, once, mib = measure(x.remember, cat.titles)
     sides = {"all layers": lambda r: x.prefill(*prompts[:2]), "item cache": lambda r: x.prefill(*prompts)}
     with torch.inference_mode():

@@ -350,9 +350,14 @@ def train(f: Flags, t: Trainer, pool: list[Example], valid: Windows, tokenizer, 
                                  "go on with --resume and the same command")  # fmt: skip
 
 
+def merit(line: dict) -> list[float]:
+    """What the best validation has most of: NDCG@10, and among equals -nll."""
+    return [line["valid_NDCG@10"], -line["valid_nll"]]
+
+
 def log(out: Path, t: Trainer, line: dict, state: dict, tokenizer, base: str):
     """After a validation: a line in the log, and the best model if this is it."""
-    score = [line["valid_NDCG@10"], -line["valid_nll"]]
+    score = merit(line)
     better = score > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
     if better:
