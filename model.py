@@ -152,6 +152,13 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D) + mask) v: q (B, heads, n, D); k, v (B, heads, T, D); mask (B, 1, n, T), 0 or -inf."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's kernel takes twice as long as this
+        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -174,7 +181,7 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
         B, H, Tq, D = q.shape
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
-        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask)
+        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 

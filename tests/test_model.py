@@ -19,6 +19,7 @@ from model import (
     Llama,
     LoRALinear,
     add_lora,
+    attend,
     load,
     load_lora,
     merge_lora,
@@ -539,6 +540,28 @@ def test_loaded_model_is_complete(hf_folder):
     with torch.no_grad():
         model.layers[0].self_attn.q_proj.weight.add_(1)
     assert torch.equal(load_file(hf_folder / "model.safetensors")[Q0], before)
+
+
+@pytest.mark.parametrize("kind", ["IN", "OR", "CR", "IN-closed"])
+def test_attention_in_bfloat16_is_that_of_float32(kind):
+    """Written out on a CPU: the scale, the mask and the gradients; what is hidden has a gradient of exactly zero."""
+    torch.manual_seed(0)
+    item = torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]])
+    mask = layout(item).additive_mask(kind, 2, torch.bfloat16)
+    q, k, v, g = (torch.randn(2, 3, n, 8) for n in (14, 7, 7, 14))
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        args = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend(*args, mask.to(dtype))
+        y.backward(g.bfloat16().to(dtype))
+        grads.append([y, *(x.grad for x in args)])
+    for low, high in zip(*grads, strict=True):
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), high, atol=0.06, rtol=0.02)
+    args = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    attend(*args, mask)[:, :, 4].sum().backward()  # the query 4 of the first head that shares a key
+    hidden = mask[:, 0, 4].isinf()[:, None, :, None]
+    assert hidden.any() and not any((x.grad * hidden).any() for x in args[1:])
 
 
 def test_bf16(hf_folder):
