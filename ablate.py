@@ -2,7 +2,7 @@
 
 python ablate.py run --data books,office --seeds 0,1,2 --max_steps 800   # every plan; ends with the table
 python ablate.py run --data beauty --model smollm2-135m --limit 10000 --plans "OR;IN:1/4 OR CR:1/4"
-python ablate.py table --out out/ablate                                  # the table again, into out/ablate/table.md
+python ablate.py table --out out/ablate --metrics HR@10,NDCG@10          # the table again, into out/ablate/table.md
 python ablate.py attention --out out/ablate/books-OR-s0 --plot looks.png # attention within items and across
 python ablate.py curves --out out/ablate --plot curves.png               # loss and validation of all the runs
 
@@ -28,7 +28,7 @@ import eval as evaluation
 import hatllm
 import model as llama
 import train
-from common import parse_flags, write_json
+from common import choose, parse_flags, write_json
 from eval import KS, gains, metrics, positions
 from hatllm import PLAN, InputError, layout, parse_plan
 
@@ -145,6 +145,7 @@ def run(argv: list[str]):
 @dataclass
 class Table:
     out: str = "out/ablate"  # folder of the runs; baselines-*.json are looked for in it and beside it
+    metrics: str = ",".join((*NAMES, "valid nll"))  # columns, separated by commas
 
 
 def read(path: Path):
@@ -228,11 +229,11 @@ def rows_of(runs: list[dict], folders: tuple) -> list[dict]:
     return rows
 
 
-def markdown(title: str, n: int, rows: list[dict]) -> str:
-    head = ["plan", "seeds", *NAMES, "valid nll", "NDCG@10 - all-OR"]
+def markdown(title: str, n: int, rows: list[dict], names: list[str]) -> str:
+    head = ["plan", "seeds", *names, "NDCG@10 - all-OR"]
     lines = [f"## {title}\n\n{n:,} test windows\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
-        values, x = [r["metrics"].get(name) for name in (*NAMES, "valid nll")], r.get("difference")
+        values, x = [r["metrics"].get(name) for name in names], r.get("difference")
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
         cells += [
             f"{v['mean']:.4f}" + (f" ± {v['std']:.4f}" if v["std"] is not None else "") if v else "" for v in values
@@ -243,7 +244,8 @@ def markdown(title: str, n: int, rows: list[dict]) -> str:
 
 
 def table(argv: list[str]):
-    out = Path(parse_flags(Table, argv, __doc__).out)
+    f = parse_flags(Table, argv, __doc__)
+    out, names = Path(f.out), [choose("metrics", x.strip(), (*NAMES, "valid nll")) for x in f.metrics.split(",")]
     done = sorted(p.parent for p in out.glob("*/results-test.json"))
     if not done:
         raise InputError(f"--out {out}: no finished run is there; `ablate.py run` makes them")
@@ -251,7 +253,7 @@ def table(argv: list[str]):
     for r in map(read_run, done):
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
-    parts = [markdown(*m) for m in made] + [
+    parts = [markdown(*m, names) for m in made] + [
         "mean ± standard deviation over seeds; valid nll: nats per item at the best validation; last column: paired by "
         f"window, mean over seeds,\n95% interval over users ({RESAMPLES:,} bootstrap resamples; it says nothing about "
         "what other seeds would change)"

@@ -312,6 +312,15 @@ def test_table_refuses(tmp_path):
         ablate.main(["table", "--out", str(tmp_path)])
 
 
+def test_table_of_chosen_metrics(tmp_path):
+    made_run(tmp_path, "OR", 0, [(0, 1), (1, 2)])
+    ablate.main(["table", "--out", str(tmp_path), "--metrics", "NDCG@10, valid nll"])
+    head = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| plan"))
+    assert head == "| plan | seeds | NDCG@10 | valid nll | NDCG@10 - all-OR |"
+    with pytest.raises(InputError, match="--metrics NDCG is none of HR@1"):
+        ablate.main(["table", "--out", str(tmp_path), "--metrics", "NDCG"])
+
+
 def test_table_of_trained_runs(runs, shop):
     """The numbers of the table are those that train.py and baselines.py themselves reported."""
     argv = "--core 0 --hidden 4 --dropout 0 --epochs 1 --seeds 2".split()
