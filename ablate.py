@@ -45,6 +45,7 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
 )
 RESAMPLES = 2000  # of the bootstrap
 NAMES = tuple(f"{m}@{k}" for m in ("HR", "NDCG") for k in KS)
+VALID = ("valid NDCG@10", "valid nll")
 GROUPS = ("header", "title", "history")  # queries: the token before the title, the title's, the history items'
 PARTS = ("within", "across", "context", "first")  # keys: the same item, other items, context, the text's first token
 COLOURS = np.array(((0.13, 0.35, 0.6), (0.95, 0.6, 0.2), (0.8, 0.8, 0.8), (0.5, 0.5, 0.5)))  # of PARTS
@@ -145,7 +146,7 @@ def run(argv: list[str]):
 @dataclass
 class Table:
     out: str = "out/ablate"  # folder of the runs; baselines-*.json are looked for in it and beside it
-    metrics: str = ",".join((*NAMES, "valid nll"))  # columns, separated by commas
+    metrics: str = ",".join((*NAMES, *VALID))  # columns, separated by commas
 
 
 def read(path: Path):
@@ -176,7 +177,7 @@ def read_run(place: Path) -> dict:
     own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"], "gain": gains(*at, max(KS))}
     own["windows"] = np.array([(p["user"], p["target"]) for p in predictions])
     best = max(read(place / "metrics.jsonl"), key=train.merit)
-    return own | {"metrics": metrics(*at) | {"valid nll": best["valid_nll"]}}
+    return own | {"metrics": metrics(*at) | {x: best[x.replace(" ", "_")] for x in VALID}}
 
 
 def over_seeds(runs: list[dict]) -> dict:
@@ -245,7 +246,7 @@ def markdown(title: str, n: int, rows: list[dict], names: list[str]) -> str:
 
 def table(argv: list[str]):
     f = parse_flags(Table, argv, __doc__)
-    out, names = Path(f.out), [choose("metrics", x.strip(), (*NAMES, "valid nll")) for x in f.metrics.split(",")]
+    out, names = Path(f.out), [choose("metrics", x.strip(), (*NAMES, *VALID)) for x in f.metrics.split(",")]
     done = sorted(p.parent for p in out.glob("*/results-test.json"))
     if not done:
         raise InputError(f"--out {out}: no finished run is there; `ablate.py run` makes them")
@@ -254,7 +255,7 @@ def table(argv: list[str]):
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
     parts = [markdown(*m, names) for m in made] + [
-        "mean ± standard deviation over seeds; valid nll: nats per item at the best validation; last column: paired by "
+        "mean ± standard deviation over seeds; valid: at the best validation, nll in nats per item; last column: paired by "
         f"window, mean over seeds,\n95% interval over users ({RESAMPLES:,} bootstrap resamples; it says nothing about "
         "what other seeds would change)"
     ]

@@ -266,6 +266,7 @@ def test_table_by_hand(tmp_path, capsys):
                 assert got["mean"] == pytest.approx(statistics.mean(means), abs=1e-12)
                 assert got["std"] == pytest.approx(statistics.stdev(means), abs=1e-12)
         assert rows[plan]["metrics"]["valid nll"] == {"mean": 5.5, "std": pytest.approx(0.5**0.5)}
+        assert rows[plan]["metrics"]["valid NDCG@10"]["mean"] == pytest.approx(0.1)
     assert rows["CR"]["metrics"]["HR@1"]["std"] is None and rows["CR"]["difference"] is rows["OR"]["difference"] is None
     own = [statistics.mean(by_hand(found["IN OR:1", s][i], 10)[1] for s in (0, 1)) for i in range(60)]
     plain = [statistics.mean(by_hand(found["OR", s][i], 10)[1] for s in (0, 1)) for i in range(60)]
