@@ -255,8 +255,8 @@ def table(argv: list[str]):
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
     parts = [markdown(*m, names) for m in made] + [
-        "mean ± standard deviation over seeds; valid: at the best validation, nll in nats per item; last column: paired\n"
-        f"by window, mean over seeds, 95% interval over users ({RESAMPLES:,} bootstrap resamples), which says nothing\n"
+        "mean ± standard deviation over seeds; valid: at the best validation, nll in nats per item; last column: by\n"
+        f"window, mean over seeds, 95% interval over users ({RESAMPLES:,} bootstrap resamples), which says nothing\n"
         "about what other seeds would change"
     ]
     if waiting := sorted(p.parent.name for p in out.glob("*/config.json") if p.parent not in done):
