@@ -56,9 +56,9 @@ class Flags:
     lora_dropout: float = 0.05  # on the input of the adapters
     lora_targets: str = "q_proj,v_proj"  # linear layers that get adapters
     lr: float = 0.0  # peak learning rate; 0: 1e-3 from scratch, 1e-4 for full fine-tuning, 3e-4 for LoRA
-    max_steps: int = 400  # steps of the schedule
+    max_steps: int = 1600  # steps of the schedule
     epochs: float = 0.0  # passes over the training examples, instead of max_steps; 0: max_steps counts
-    batch: int = 0  # examples in a step, whatever the hardware; 0: 64 from scratch, 16 for a pretrained model
+    batch: int = 16  # examples in a step, whatever the hardware
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
     weight_decay: float = 0.01  # on matrices
     clip: float = 1.0  # norm of the gradient at most
@@ -70,7 +70,7 @@ class Flags:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # output
     out: str = ""  # folder of the run; default out/DATA-MODEL
-    eval_every: int = 200  # steps between two validations, each with a checkpoint
+    eval_every: int = 400  # steps between two validations, each with a checkpoint
     valid_limit: int = 500  # windows in a validation, drawn by a fixed seed
     test_limit: int = 0  # test windows in the table at the end; 0: all
     resume: bool = False  # go on from the last checkpoint in the output folder
@@ -385,7 +385,6 @@ def resolve(f: Flags) -> Flags:
     tiny = f.model == "tiny"
     f.lora = 0 if tiny else f.lora
     f.targets = f.targets if f.targets != "auto" else "all" if tiny else "last"
-    f.batch = f.batch or (64 if tiny else 16)
     f.tokens = f.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length better
     f.lr = f.lr or (1e-3 if tiny else 3e-4 if f.lora else 1e-4)
     return f
@@ -395,10 +394,10 @@ def main(argv: list[str]):
     f = parse_flags(Flags, argv, __doc__)
     for name, known in (("loss", ("lml", "msl")), ("targets", ("auto", "last", "all")), ("split", ("time", "loo"))):
         choose(name, getattr(f, name), known)
-    for name in ("eval_every", "valid_limit", "tau", "clip", "max_steps"):
+    for name in ("batch", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
         if not getattr(f, name) > 0:
             raise InputError(f"--{name} must be above 0, not {getattr(f, name)}")
-    for name in ("core", "batch", "tokens", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
+    for name in ("core", "tokens", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
         if not getattr(f, name) >= 0:
             raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
     for name in ("warmup", "lora_dropout"):

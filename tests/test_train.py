@@ -780,7 +780,7 @@ SAYS = {
     ("--model", "smollm2"): r"--model smollm2 is none of tiny, smollm2-135m, .*; did you mean smollm2-135m\?",
     ("--plan", "IN:3 OR:3 CR:3"): "covers 9 layers, but the model has 4",
     ("--plan", "in:4"): "unknown layer kind 'in'",
-    ("--batch", "-1"): "--batch must not be below 0",
+    ("--batch", "0"): "--batch must be above 0",
     ("--tau", "nan"): "--tau must be above 0",
     ("--max_steps", "0"): "--max_steps must be above 0",
     ("--epochs", "-1"): "--epochs must not be below 0",
@@ -831,16 +831,16 @@ def test_too_small_a_memory_names_the_flags(shop, tmp_path, monkeypatch):
 
 def test_defaults_by_model():
     """Catches a default that overrides what was asked for, or that a pretrained model gets from tiny."""
-    asked = dict(targets="last", batch=5, lr=0.5)
+    asked = dict(targets="last", lr=0.5)
     for model, flags, want in (
-        ("tiny", {}, ("all", 64, 1e-3, 0)),
-        ("smollm2-135m", {}, ("last", 16, 3e-4, 8)),
-        ("smollm2-135m", {"lora": 0}, ("last", 16, 1e-4, 0)),
-        ("tiny", asked, ("last", 5, 0.5, 0)),
-        ("path", asked | {"targets": "all", "lora": 2}, ("all", 5, 0.5, 2)),
+        ("tiny", {}, ("all", 1e-3, 0)),
+        ("smollm2-135m", {}, ("last", 3e-4, 8)),
+        ("smollm2-135m", {"lora": 0}, ("last", 1e-4, 0)),
+        ("tiny", asked, ("last", 0.5, 0)),
+        ("path", asked | {"targets": "all", "lora": 2}, ("all", 0.5, 2)),
     ):
         f = train.resolve(train.Flags(model=model, **flags))
-        assert (f.targets, f.batch, f.lr, f.lora) == want
+        assert (f.targets, f.lr, f.lora) == want
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
