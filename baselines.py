@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from common import choose, device_and_dtype, parse_flags, run, write_json
 from data import HISTORY, Dataset
-from eval import SEEN, batches, metrics, place, popularity, table
+from eval import batches, metrics, place, popularity, report, table
 from hatllm import InputError
 
 MAX_LEN = 50  # items that SASRec looks back on in training, as published for the Amazon sets
@@ -192,15 +192,6 @@ def fit(d: Dataset, f: Flags, hidden: int, dropout: float, seed: int, device="cp
     return model, best
 
 
-def report(d: Dataset, before: np.ndarray, ties: np.ndarray) -> dict:
-    """Metrics of all test windows and of the slices that eval.py's report has."""
-    seen, length = d.counts[d.test.target], (d.test.history >= 0).sum(1)
-    slices = {f"target seen {a}-{b} times".replace("-1000000000", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
-    slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
-    slices = {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
-    return {"n": len(before)} | metrics(before, ties) | {"slices": slices}
-
-
 def main(argv: list[str]):
     f, start = parse_flags(Flags, argv, __doc__), time.time()
     choose("split", f.split, ("time", "loo"))
@@ -223,7 +214,7 @@ def main(argv: list[str]):
 
     asked = histories(d, "test", f.history)
     places = [popularity(d, d.test)] + [ranks(model, asked, d.test.target, f) for model, _ in chosen]
-    popular, *each = [report(d, *p) for p in places]
+    popular, *each = [report(d, d.test, *p) for p in places]
     names = [name for name in popular if "@" in name]
     mean = {name: float(np.mean([r[name] for r in each])) for name in names}
     rows = {"popularity": popular, "SASRec": each[0]}

@@ -132,17 +132,13 @@ def evaluate(decoder: Decoder, cat: Catalogue, windows: Windows, flags: "Flags")
     return predictions
 
 
-def report(predictions: list[dict], d: Dataset) -> dict:
+def report(d: Dataset, windows: Windows, before: np.ndarray, ties: np.ndarray) -> dict:
     """Metrics of all windows and of slices: how often the target occurs in training, how long the history is."""
-    before, ties = positions(predictions)
-    seen = d.counts[[p["target"] for p in predictions]]
-    length = np.array([len(p["history"]) for p in predictions])
+    seen, length = d.counts[windows.target], (windows.history >= 0).sum(1)
     slices = {f"target seen {a}-{b} times".replace("-1000000000", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
     slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
-    out = {"n": len(predictions), "exact": float(np.mean([p["exact"] for p in predictions]))} | metrics(before, ties)
-    return out | {
-        "slices": {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
-    }
+    slices = {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
+    return {"n": len(before)} | metrics(before, ties) | {"slices": slices}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -273,7 +269,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
     ranked = world.gather(against(decoder, cat, mine, flags.auc, flags.tokens).tolist()) if flags.auc else []
     if world.rank:
         return
-    result = report(predictions, d) | {"users/s": speed}
+    result = report(d, windows, *positions(predictions))
+    result |= {"exact": float(np.mean([p["exact"] for p in predictions])), "users/s": speed}
     rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
     if ranked:
         won, before, ties = np.array(ranked).T

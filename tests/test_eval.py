@@ -193,9 +193,9 @@ def test_too_large_a_batch_is_halved(monkeypatch):
 def test_report_slices_add_up():
     """Every window is in one slice by popularity and in one by length, and their means make the whole's."""
     d, cat, decoder = world()
-    found = [dict(p, exact=n > 0) for n, p in enumerate(ev.evaluate(decoder, cat, d.test, flags()))]
-    r = ev.report(found, d)
-    assert r["n"] == 4 and r["exact"] == 0.75
+    at = ev.positions(ev.evaluate(decoder, cat, d.test, flags()))
+    r = ev.report(d, d.test, *at)
+    assert r["n"] == 4
     for kind in ("target seen", "history of"):
         parts = [s for name, s in r["slices"].items() if name.startswith(kind)]
         assert sum(s["n"] for s in parts) == 4
@@ -204,7 +204,7 @@ def test_report_slices_add_up():
     assert {name: s["n"] for name, s in r["slices"].items()} == {
         "target seen 0-4 times": 4, "history of 1-4 items": 3, "history of 5+ items": 1}  # fmt: skip
     many = Dataset("x", d.ids, TITLES, d.train, d.valid, d.test, [[5] * 20 + [0] * 19 + [8] * 4])
-    names = {n: s["n"] for n, s in ev.report(found, many)["slices"].items() if "seen" in n}
+    names = {n: s["n"] for n, s in ev.report(many, d.test, *at)["slices"].items() if "seen" in n}
     assert names == {"target seen 0-4 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2}
     assert all(f"{r['HR@10']:.4f}" in line for line in ev.table({"model": r}).splitlines()[1:])
 
@@ -385,6 +385,8 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
     assert result["popularity"] == ev.metrics(*ev.popularity(d, windows))
     line = next(x for x in shown.splitlines() if x.startswith("model"))
     assert line.split()[1:] == [f"{result['model'][f'{m}@{k}']:.4f}" for m in ("HR", "NDCG") for k in ev.KS]
+    sure = np.mean([p["exact"] for p in found])
+    assert result["model"]["exact"] == sure and f"exact for {sure:.1%} of the users" in shown
     assert ("auc" in result["model"]) == ("AUC against " in shown) == ("--auc" in more)
     if "999" in more:  # all titles: ranks that agree with the exact top 10, and metrics from them
         ranks = np.array([(p["before"], p["ties"]) for p in found]).T
