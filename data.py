@@ -207,10 +207,8 @@ def split_loo(users: list[list[tuple[int, float]]]) -> tuple[list, list, list]:
 
 def before_held_out(users: list, train: list, held_out: list) -> list[list[int]]:
     """What may be learnt from under split_time: interactions no later than the last training target, none held out."""
-    last, held = (
-        max((r[3] for r in train), default=0),
-        Counter(r[2] for r in held_out),
-    )  # held-out ones are a user's last
+    last = max((r[3] for r in train), default=0)
+    held = Counter(r[2] for r in held_out)  # a user's last ones
     return [[i for i, t in s[: len(s) - held[u]] if t <= last] for u, s in enumerate(users)]
 
 
