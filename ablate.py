@@ -161,8 +161,8 @@ def read(path: Path):
 def setting(c: dict, used: dict) -> str:
     """Data set, model, and the flags of train.py and eval.py that are not the default: what one table has in common."""
     free = "data data_dir model plan seed out tokens test_limit resume overwrite checkpointing".split()
-    asked = {k: x.default for k, x in train.Flags.__dataclass_fields__.items() if k not in free}
-    flags = {k: c[k] for k, default in asked.items() if c.get(k, default) != default}
+    usual = vars(train.resolve(train.Flags(model=c["model"])))
+    flags = {k: c[k] for k, v in usual.items() if k not in free and c.get(k, v) != v}
     for k in ("k", "beam", "exact", "score", "exclude_history", "limit"):
         if used[k] != evaluation.Flags.__dataclass_fields__[k].default:
             flags["test_limit" if k == "limit" else k] = used[k]

@@ -208,7 +208,9 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[int, int]], **more) 
     rng = random.Random(f"{plan}{seed}")
     place = out / f"shop-{slug(plan)}-s{seed}"
     place.mkdir(parents=True)
-    config = vars(train.Flags(data="x/shop", plan=plan, seed=seed, max_steps=7)) | {"digest": "d", "base": ""} | more
+    config = {"data": "x/shop", "plan": plan, "seed": seed, "max_steps": 7, "digest": "d", "base": ""} | more
+    asked = {k: v for k, v in config.items() if k in train.Flags.__dataclass_fields__}
+    config |= vars(train.resolve(train.Flags(**asked)))  # as train.py writes it
     predictions = []
     for user, target in windows:
         items = rng.sample(range(25), 20)
@@ -298,7 +300,7 @@ def test_runs_of_other_settings_get_a_table_of_their_own(tmp_path):
     ]
     assert all(r.get("difference") is None for t in made for r in t["rows"])
     used = vars(evaluation.Flags(limit=50, score="full", auc=3))
-    assert setting(vars(train.Flags(test_limit=9)), used) == "ml-100k, tiny --score full --test_limit 50"
+    assert setting(vars(train.resolve(train.Flags(test_limit=9))), used) == "ml-100k, tiny --score full --test_limit 50"
 
 
 def test_table_refuses(tmp_path):
