@@ -206,6 +206,8 @@ def test_report_slices_add_up():
     many = Dataset("x", d.ids, TITLES, d.train, d.valid, d.test, [[5] * 20 + [0] * 19 + [8] * 4])
     names = {n: s["n"] for n, s in ev.report(many, d.test, *at)["slices"].items() if "seen" in n}
     assert names == {"target seen 0-4 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2}
+    five = Windows.of([([0, 1, 2, 3, 4], 5, 0, 1.0)])  # item 0 counts
+    assert "history of 5+ items" in ev.report(d, five, np.zeros(1), np.ones(1))["slices"]
     assert all(f"{r['HR@10']:.4f}" in line for line in ev.table({"model": r}).splitlines()[1:])
 
 
@@ -385,8 +387,6 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
     assert result["popularity"] == ev.metrics(*ev.popularity(d, windows))
     line = next(x for x in shown.splitlines() if x.startswith("model"))
     assert line.split()[1:] == [f"{result['model'][f'{m}@{k}']:.4f}" for m in ("HR", "NDCG") for k in ev.KS]
-    sure = np.mean([p["exact"] for p in found])
-    assert result["model"]["exact"] == sure and f"exact for {sure:.1%} of the users" in shown
     assert ("auc" in result["model"]) == ("AUC against " in shown) == ("--auc" in more)
     if "999" in more:  # all titles: ranks that agree with the exact top 10, and metrics from them
         ranks = np.array([(p["before"], p["ties"]) for p in found]).T
@@ -395,6 +395,15 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
     inside = [i for p in found for g in p["items"] for i in g if i in p["history"]]
     assert not inside if "exclude" in more else inside
     assert result["flags"]["exclude_history"] == ("exclude" in more)
+
+
+def test_main_tells_how_many_lists_are_exact(run_folder, monkeypatch, capsys):
+    (out, d), real = run_folder, ev.evaluate
+    monkeypatch.setattr(ev, "evaluate", lambda *a: [dict(p, exact=n > 0) for n, p in enumerate(real(*a))])
+    ev.main(["--out", str(out)])
+    share = json.loads((out / "results-test.json").read_text())["model"]["exact"]
+    assert share == pytest.approx(1 - 1 / len(d.test))
+    assert f"exact for {share:.1%} of the users" in capsys.readouterr().out
 
 
 def test_main_takes_the_newest_model_and_its_temperature(run_folder):
