@@ -46,6 +46,8 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
 RESAMPLES = 2000  # of the bootstrap
 NAMES = tuple(f"{m}@{k}" for m in ("HR", "NDCG") for k in KS)
 VALID = ("valid NDCG@10", "valid nll")
+COLUMNS = (*NAMES, "nll", *VALID)
+PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
 GROUPS = ("header", "title", "history")  # queries: the token before the title, the title's, the history items'
 PARTS = ("within", "across", "context", "first")  # keys: the same item, other items, context, the text's first token
 COLOURS = np.array(((0.13, 0.35, 0.6), (0.95, 0.6, 0.2), (0.8, 0.8, 0.8), (0.5, 0.5, 0.5)))  # of PARTS
@@ -146,7 +148,7 @@ def run(argv: list[str]):
 @dataclass
 class Table:
     out: str = "out/ablate"  # folder of the runs; baselines-*.json are looked for in it and beside it
-    metrics: str = ",".join((*NAMES, *VALID))  # columns, separated by commas
+    metrics: str = ",".join(COLUMNS)  # columns, separated by commas
 
 
 def read(path: Path):
@@ -174,10 +176,13 @@ def read_run(place: Path) -> dict:
     predictions = read(place / "predictions-test.jsonl")
     at = positions(predictions)
     own = {k: c[k] for k in ("plan", "seed", "digest")} | {"data": Path(c["data"]).name, "place": place}
-    own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"], "gain": gains(*at, max(KS))}
+    own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"]}
     own["windows"] = np.array([(p["user"], p["target"]) for p in predictions])
+    if not all("nll" in p for p in predictions):
+        raise InputError(f"{place} was tested by an older version, without nll: `python eval.py --out {place}` again")
+    own |= {"NDCG@10": gains(*at, 10), "nll": np.array([p["nll"] for p in predictions])}
     best = max(read(place / "metrics.jsonl"), key=train.merit)
-    return own | {"metrics": metrics(*at) | {x: best[x.replace(" ", "_")] for x in VALID}}
+    return own | {"metrics": metrics(*at) | {"nll": own["nll"].mean()} | {x: best[x.replace(" ", "_")] for x in VALID}}
 
 
 def over_seeds(runs: list[dict]) -> dict:
@@ -199,15 +204,15 @@ def interval(difference: np.ndarray, user: np.ndarray, resamples: int = RESAMPLE
     return np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()
 
 
-def against(runs: list[dict], plain: list[dict]) -> dict | None:
-    """NDCG@10 of a plan's runs less that of the plain LLM's, window by window, mean over the seeds that both have."""
+def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
+    """A metric of a plan's runs less that of the plain LLM's, window by window, mean over the seeds that both have."""
     pairs = [(a, b) for a in runs for b in plain if a["seed"] == b["seed"] and a is not b]
     for a, b in pairs:
         if not np.array_equal(a["windows"], b["windows"]):
             raise InputError(f"{a['place']} and {b['place']} were tested on different windows; evaluate one again")
     if not pairs:
         return None
-    difference = np.mean([a["gain"] - b["gain"] for a, b in pairs], 0)
+    difference = np.mean([a[name] - b[name] for a, b in pairs], 0)
     low, high = interval(difference, pairs[0][0]["windows"][:, 0])
     return {"mean": difference.mean(), "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
 
@@ -226,27 +231,29 @@ def rows_of(runs: list[dict], folders: tuple) -> list[dict]:
     for plan in sorted({r["plan"] for r in runs}, key=order.index):
         own = sorted((r for r in runs if r["plan"] == plan), key=lambda r: r["seed"])
         row = {"name": plan, "seeds": [r["seed"] for r in own], "metrics": over_seeds([r["metrics"] for r in own])}
-        rows.append(row | {"difference": against(own, [r for r in runs if r["plan"] == plain])})
+        baseline = [r for r in runs if r["plan"] == plain]
+        rows.append(row | {"difference": {name: against(own, baseline, name) for name in PAIRED}})
     return rows
 
 
 def markdown(title: str, n: int, rows: list[dict], names: list[str]) -> str:
-    head = ["plan", "seeds", *names, "NDCG@10 - all-OR"]
+    head = ["plan", "seeds", *names, *(f"{name} - all-OR" for name in PAIRED)]
     lines = [f"## {title}\n\n{n:,} test windows\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
-        values, x = [r["metrics"].get(name) for name in names], r.get("difference")
+        values = [r["metrics"].get(name) for name in names]
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
         cells += [
             f"{v['mean']:.4f}" + (f" ± {v['std']:.4f}" if v["std"] is not None else "") if v else "" for v in values
         ]
-        cells += [f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else ""]
+        differences = [r.get("difference", {}).get(name) for name in PAIRED]
+        cells += [f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "" for x in differences]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def table(argv: list[str]):
     f = parse_flags(Table, argv, __doc__)
-    out, names = Path(f.out), [choose("metrics", x.strip(), (*NAMES, *VALID)) for x in f.metrics.split(",")]
+    out, names = Path(f.out), [choose("metrics", x.strip(), COLUMNS) for x in f.metrics.split(",")]
     done = sorted(p.parent for p in out.glob("*/results-test.json"))
     if not done:
         raise InputError(f"--out {out}: no finished run is there; `ablate.py run` makes them")
@@ -255,9 +262,9 @@ def table(argv: list[str]):
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
     parts = [markdown(*m, names) for m in made] + [
-        "mean ± standard deviation over seeds; valid: at the best validation, nll in nats per item; last column: by\n"
-        f"window, mean over seeds, 95% interval over users ({RESAMPLES:,} bootstrap resamples), which says nothing\n"
-        "about what other seeds would change"
+        "mean ± standard deviation over seeds; nll: -log p of the target, in nats; valid: at the best validation;\n"
+        f"- all-OR: by window, mean over seeds, 95% interval over users ({RESAMPLES:,} bootstrap resamples), which\n"
+        "says nothing about what other seeds would change"
     ]
     if waiting := sorted(p.parent.name for p in out.glob("*/config.json") if p.parent not in done):
         parts.append(f"not finished: {', '.join(waiting)}")

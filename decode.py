@@ -64,6 +64,7 @@ class Ranking:
     leaf: Tensor  # (B, K) titles, best first; -1 where the catalogue has fewer
     score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
     exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
+    target: Tensor  # (B,) log-probability of the title asked for, NaN where none was
 
 
 @dataclass
@@ -199,14 +200,17 @@ class Decoder:
         exact: bool = True,
         limit: int = 1024,
         source: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Ranking:
         """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `beam` best
         of them, on to where their titles part (full scores: by a token): a beam search.
         What it leaves over is dropped, or (exact) waits until all beams are done and then goes on best first, as far as
         it can still enter the top k; Ranking.exact tells for whom nothing can. limit: once the title tokens of every
-        step's busiest user add up to so many, what is left over is dropped. source: see prefill."""
+        step's busiest user add up to so many, what is left over is dropped. source: see prefill. target (B,): titles
+        whose score is wanted, wherever they rank; none: NaN."""
         trie, B = self.trie, len(item)
         h, users = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
+        own = h.new_full((B,), torch.nan) if target is None else self.score_after(h, target[:, None])[:, 0]
         front = Prefixes(users, 0 * users, torch.zeros(B, device=item.device), 0 * users)
         done, wait, dropped = front[:0], front[:0], torch.full((B,), -torch.inf, device=item.device)
         while True:
@@ -234,7 +238,7 @@ class Decoder:
             h, front = self.advance(front)
         leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
         leaf[done.user, rank], score[done.user, rank] = trie.leaf[done.node], done.score
-        return Ranking(leaf, score, dropped <= score[:, -1])
+        return Ranking(leaf, score, dropped <= score[:, -1], own)
 
     def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
         """All that may follow the prefixes p, h (F, d) after them."""
@@ -256,7 +260,12 @@ class Decoder:
 
     @torch.inference_mode()
     def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
-        """Exact log-probabilities (B, n) of the titles leaves (B, n): all prefixes of a user's titles in one tree."""
+        """Exact log-probabilities (B, n) of the titles leaves (B, n)."""
+        return self.score_after(self.prefill(tokens, item), leaves)
+
+    def score_after(self, h: Tensor, leaves: Tensor) -> Tensor:
+        """score, right after prefill with its h (B, d): all prefixes of a user's titles in one tree. What it feeds is
+        forgotten, so that a search can follow."""
         trie, (B, n) = self.trie, leaves.shape
         size = (trie.start[leaves + 1] - trie.start[leaves]).flatten()
         pair = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)
@@ -270,15 +279,23 @@ class Decoder:
         column = torch.arange(len(key), device=key.device) - torch.searchsorted(u, u)
         grid = leaves.new_full((B, int(column.max()) + 1 if len(key) else 0), -1)
         grid[u, column] = trie.path_node[trie.start[leaf] + depth - 1]
-        h, edge = self.prefill(tokens, item), torch.zeros(B, trie.n_nodes, device=leaves.device)
-        row, child, logp = self.expand(h, torch.zeros(B, dtype=torch.long, device=leaves.device))
-        edge[row, child] = logp
+        asked, at = torch.unique(user * trie.n_nodes + node, return_inverse=True)  # the edges of all titles' paths
+        edge = torch.zeros(len(asked), device=leaves.device)
+
+        def note(h: Tensor, user: Tensor, nodes: Tensor):
+            row, child, logp = self.expand(h, nodes)
+            found = user[row] * trie.n_nodes + child
+            place = torch.searchsorted(asked, found).clamp(max=len(asked) - 1)
+            hit = asked[place] == found
+            edge[place[hit]] = logp[hit]
+
+        users = torch.arange(B, device=leaves.device)
+        note(h, users, 0 * users)
         for part in self.subtrees(grid):
-            self.slots, self.cache.n = self.slots[:, :0], item.shape[1]
             b, c = torch.nonzero(part >= 0, as_tuple=True)
-            row, child, logp = self.expand(self.feed(part), part[b, c])
-            edge[b[row], child] = logp
-        return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[user, node]).view(B, n)
+            note(self.feed(part), b, part[b, c])
+            self.slots, self.cache.n = self.slots[:, :0], self.item.shape[1]
+        return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[at]).view(B, n)
 
     def subtrees(self, grid: Tensor) -> list[Tensor]:
         """Cuts grid (B, N) of nodes, depth first, into parts of about ROWS columns, where all users begin a subtree."""

@@ -76,14 +76,16 @@ def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
     return out
 
 
-def recommend(decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags") -> list[dict]:
-    """The items of the k best titles for every history, as predictions.jsonl has them. A title that several items bear
-    lists all of them. exclude_history leaves out what is in it. A batch that is too large for the memory is halved."""
+def recommend(decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags", targets: list | None = None) -> list:
+    """The items of the k best titles for every history, as predictions.jsonl has them; with targets also the nll of
+    each, -log p of its title. A title that several items bear lists all of them. exclude_history leaves out what is in
+    it. A batch that is too large for the memory is halved."""
     device, n = decoder.model.head.device, flags.k + data.HISTORY * flags.exclude_history
     try:
         tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
+        own = cat.trie.leaf_of_item[torch.tensor(targets)].to(device) if targets else None
         limit = flags.patience or 1 << 40
-        ranking = decoder.search(tokens, item, min(n, cat.trie.n_leaves), flags.beam, flags.exact, limit, source)
+        ranking = decoder.search(tokens, item, min(n, cat.trie.n_leaves), flags.beam, flags.exact, limit, source, own)
     except torch.OutOfMemoryError:
         if len(histories) == 1:
             raise InputError(
@@ -91,15 +93,21 @@ def recommend(decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags")
             ) from None
         torch.cuda.empty_cache()
         half = len(histories) // 2
-        return [r for h in (histories[:half], histories[half:]) for r in recommend(decoder, cat, h, flags)]
+        first, second = (
+            recommend(decoder, cat, histories[at], flags, targets and targets[at])
+            for at in (slice(half), slice(half, None))
+        )
+        return first + second
     out = []
-    for history, leaves, scores, sure in zip(histories, *(x.tolist() for x in vars(ranking).values()), strict=True):
+    columns = (x.tolist() for x in vars(ranking).values())
+    for history, leaves, scores, sure, logp in zip(histories, *columns, strict=True):
         seen = set(history) if flags.exclude_history else set()
         groups = [
             ([i for i in cat.bearers[x] if i not in seen], s) for x, s in zip(leaves, scores, strict=True) if x >= 0
         ]
         groups = [g for g in groups if g[0]][: flags.k]
         out.append({"items": [g for g, _ in groups], "scores": [s for _, s in groups], "exact": sure})
+        out[-1] |= {"nll": -logp} if targets else {}
     return out
 
 
@@ -124,7 +132,7 @@ def evaluate(decoder: Decoder, cat: Catalogue, windows: Windows, flags: "Flags")
     predictions = [None] * len(windows)
     with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
         for at in todo:
-            found = recommend(decoder, cat, [histories[i] for i in at], flags)
+            found = recommend(decoder, cat, [histories[i] for i in at], flags, windows.target[at].tolist())
             for i, p in zip(at, found, strict=True):
                 own = {"user": int(windows.user[i]), "history": histories[i], "target": int(windows.target[i])}
                 predictions[i] = own | p
@@ -270,7 +278,7 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
     if world.rank:
         return
     result = report(d, windows, *positions(predictions))
-    result |= {"exact": float(np.mean([p["exact"] for p in predictions])), "users/s": speed}
+    result |= {k: float(np.mean([p[k] for p in predictions])) for k in ("nll", "exact")} | {"users/s": speed}
     rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
     if ranked:
         won, before, ties = np.array(ranked).T
@@ -286,8 +294,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, 
     if ranked:
         print(f"AUC against {min(flags.auc, cat.trie.n_leaves - 1)} random titles: {result['auc']:.4f}")
     print(
-        f"top {flags.k} exact for {result['exact']:.1%} of the users; {speed:.1f} users/s; "
-        f"{out}/results-{flags.split}.json"
+        f"{result['nll']:.4f} nats per item; top {flags.k} exact for {result['exact']:.1%} of the users; "
+        f"{speed:.1f} users/s; {out}/results-{flags.split}.json"
     )
     write_json(out / f"predictions-{flags.split}.jsonl", predictions)
     result = {"model": result, "popularity": rows["popularity"], "flags": vars(flags)}

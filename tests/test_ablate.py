@@ -216,7 +216,8 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[int, int]], **more) 
         items = rng.sample(range(25), 20)
         groups = [items[i : i + 2] if i % 5 == 0 else items[i : i + 1] for i in range(0, 20, 2)]
         scores = sorted((round(-3 * rng.random(), 0) for _ in groups), reverse=True)
-        predictions.append({"user": user, "target": target, "items": groups, "scores": scores, "exact": True})
+        own = {"user": user, "target": target, "nll": 9 * rng.random()}
+        predictions.append(own | {"items": groups, "scores": scores, "exact": True})
     at = evaluation.positions(predictions)
     flags = vars(evaluation.Flags())
     popular = dict.fromkeys(ablate.NAMES, 0.125)
@@ -269,19 +270,24 @@ def test_table_by_hand(tmp_path, capsys):
                 assert got["std"] == pytest.approx(statistics.stdev(means), abs=1e-12)
         assert rows[plan]["metrics"]["valid nll"] == {"mean": 5.5, "std": pytest.approx(0.5**0.5)}
         assert rows[plan]["metrics"]["valid NDCG@10"]["mean"] == pytest.approx(0.1)
-    assert rows["CR"]["metrics"]["HR@1"]["std"] is None and rows["CR"]["difference"] is rows["OR"]["difference"] is None
-    own = [statistics.mean(by_hand(found["IN OR:1", s][i], 10)[1] for s in (0, 1)) for i in range(60)]
-    plain = [statistics.mean(by_hand(found["OR", s][i], 10)[1] for s in (0, 1)) for i in range(60)]
-    x = rows["IN OR:1"]["difference"]
-    assert x["mean"] == pytest.approx(statistics.mean(own) - statistics.mean(plain), abs=1e-12) and x["seeds"] == [0, 1]
-    want = interval(np.array(own) - np.array(plain), np.array([u for u, _ in windows]))
-    assert [x["low"], x["high"]] == pytest.approx(want, abs=1e-12) and x["low"] < x["mean"] < x["high"]
+    assert rows["CR"]["metrics"]["HR@1"]["std"] is None
+    assert rows["CR"]["difference"] == rows["OR"]["difference"] == {"NDCG@10": None, "nll": None}
+    for name, value in (("NDCG@10", lambda p: by_hand(p, 10)[1]), ("nll", lambda p: p["nll"])):
+        own = [statistics.mean(value(found["IN OR:1", s][i]) for s in (0, 1)) for i in range(60)]
+        plain = [statistics.mean(value(found["OR", s][i]) for s in (0, 1)) for i in range(60)]
+        assert rows["OR"]["metrics"][name]["mean"] == pytest.approx(statistics.mean(plain))
+        x = rows["IN OR:1"]["difference"][name]
+        assert x["mean"] == pytest.approx(statistics.mean(own) - statistics.mean(plain), abs=1e-12)
+        want = interval(np.array(own) - np.array(plain), np.array([u for u, _ in windows]))
+        assert [x["low"], x["high"]] == pytest.approx(want, abs=1e-12) and x["low"] < x["mean"] < x["high"]
+        assert x["seeds"] == [0, 1]
     text = (out / "table.md").read_text()
     assert text in capsys.readouterr().out
     lines = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
     m = rows["OR"]["metrics"]["NDCG@10"]
     assert f"| {m['mean']:.4f} ± {m['std']:.4f} |" in lines["OR"]
-    assert lines["IN OR:1"].endswith(f"| {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] |")
+    cells = [f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" for x in rows["IN OR:1"]["difference"].values()]
+    assert lines["IN OR:1"].endswith(f"| {' | '.join(cells)} |")
     assert "| 0.3000 ± 0.1414 |" in lines["SASRec"] and "| 0.1250 |" in lines["popularity"]
     assert len({line.count("|") for line in lines.values()}) == 1
     assert "not finished: shop-OR-s9" in text
@@ -298,7 +304,7 @@ def test_runs_of_other_settings_get_a_table_of_their_own(tmp_path):
         "shop, b --lr 0.5 --max_steps 7",
         *["shop, tiny --max_steps 7"] * 2,
     ]
-    assert all(r.get("difference") is None for t in made for r in t["rows"])
+    assert all(set(r.get("difference", {}).values()) <= {None} for t in made for r in t["rows"])
     used = vars(evaluation.Flags(limit=50, score="full", auc=3))
     assert setting(vars(train.resolve(train.Flags(test_limit=9))), used) == "ml-100k, tiny --score full --test_limit 50"
 
@@ -310,6 +316,10 @@ def test_table_refuses(tmp_path):
     made_run(tmp_path, "IN", 0, [(0, 1), (1, 3)])
     with pytest.raises(InputError, match="different windows"):
         ablate.main(["table", "--out", str(tmp_path)])
+    old = '{"user": 0, "target": 1, "items": [[1]], "scores": [-1.0], "exact": true}\n'
+    (tmp_path / "shop-IN-s0/predictions-test.jsonl").write_text(old)
+    with pytest.raises(InputError, match="shop-IN-s0 was tested by an older version, without nll: `python eval.py"):
+        ablate.main(["table", "--out", str(tmp_path)])
     (tmp_path / "shop-IN-s0/predictions-test.jsonl").write_text('{"user": 0, ')
     with pytest.raises(InputError, match="predictions-test.jsonl: cannot be read"):
         ablate.main(["table", "--out", str(tmp_path)])
@@ -319,7 +329,7 @@ def test_table_of_chosen_metrics(tmp_path):
     made_run(tmp_path, "OR", 0, [(0, 1), (1, 2)])
     ablate.main(["table", "--out", str(tmp_path), "--metrics", "NDCG@10, valid nll"])
     head = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| plan"))
-    assert head == "| plan | seeds | NDCG@10 | valid nll | NDCG@10 - all-OR |"
+    assert head == "| plan | seeds | NDCG@10 | valid nll | NDCG@10 - all-OR | nll - all-OR |"
     with pytest.raises(InputError, match="--metrics NDCG is none of HR@1"):
         ablate.main(["table", "--out", str(tmp_path), "--metrics", "NDCG"])
 

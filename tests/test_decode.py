@@ -179,6 +179,17 @@ def test_decoder_can_be_used_again(score):
     assert first.leaf.tolist() == again.leaf.tolist() and close(first.score, again.score, 1e-6)
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_search_tells_the_score_of_a_target(plan, score):
+    """Listed or not, first or last; and the lists are those of a search that was not asked."""
+    truth, d = brute(plan, score), Decoder(model(plan), trie(), score)
+    for target in (truth.argmax(1), truth.argmin(1), torch.tensor([0, 3, trie().n_leaves - 1])):
+        plain, r = d.search(*prompts(), k=5, beam=3), d.search(*prompts(), k=5, beam=3, target=target)
+        assert close(r.target, truth.gather(1, target[:, None])[:, 0]) and plain.target.isnan().all()
+        assert r.leaf.tolist() == plain.leaf.tolist() and close(r.score, plain.score, 1e-6)
+
+
 # --- scores of lists ------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +247,9 @@ def check_item_cache(plan: str, cat: Catalogue, histories: list[list[int]], voca
     assert (cached.states is not None) == plan.startswith("IN-closed")
     with torch.inference_mode():
         assert close(cached.prefill(tokens, item, source), plain.prefill(tokens, item))
-    a, b = plain.search(tokens, item, k=5), cached.search(tokens, item, k=5, source=source)
-    assert a.leaf.tolist() == b.leaf.tolist() and close(a.score, b.score)
+    target = torch.arange(len(histories))
+    a, b = plain.search(tokens, item, k=5, target=target), cached.search(tokens, item, 5, source=source, target=target)
+    assert a.leaf.tolist() == b.leaf.tolist() and close(a.score, b.score) and close(a.target, b.target)
 
 
 @pytest.mark.parametrize("plan", ["IN-closed", "IN-closed:2 OR:1 CR:1", "OR", "OR:2 IN-closed:2", "IN-closed:1 IN:3"])

@@ -168,12 +168,13 @@ def test_evaluate_keeps_the_order_of_the_windows():
         score = truth(p["history"])
         others = sum(s > score[p["target"]] + 1e-4 for s in score)
         assert before[n] == others if p["target"] in sum(p["items"], []) else others >= 10
+        assert p["nll"] == pytest.approx(-score[p["target"]], abs=1e-4)
 
 
 def test_too_large_a_batch_is_halved(monkeypatch):
     """Out of memory: the same predictions in smaller batches; for one user alone, a sentence."""
     _, cat, decoder = world()
-    histories, real, sizes = [h for h, *_ in WINDOWS], Decoder.search, []
+    histories, targets, real, sizes = [h for h, *_ in WINDOWS], [t for _, t, *_ in WINDOWS], Decoder.search, []
 
     def search(self, tokens, *rest, **more):
         sizes.append(len(tokens))
@@ -183,8 +184,10 @@ def test_too_large_a_batch_is_halved(monkeypatch):
 
     room, expected = 1, ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
     monkeypatch.setattr(Decoder, "search", search)
-    found = ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
+    found = ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3), targets)
     assert [p["items"] for p in found] == [p["items"] for p in expected] and sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert [p["nll"] for p in found] == pytest.approx([-truth(h)[t] for h, t in zip(histories, targets, strict=True)])
+    assert "nll" not in expected[0]
     room = 0
     with pytest.raises(InputError, match="one user alone .*--beam"):
         ev.recommend(decoder, cat, histories, ev.Flags(k=5, beam=3))
@@ -387,6 +390,8 @@ def test_main_writes_what_it_prints(run_folder, capsys, more):
     assert result["popularity"] == ev.metrics(*ev.popularity(d, windows))
     line = next(x for x in shown.splitlines() if x.startswith("model"))
     assert line.split()[1:] == [f"{result['model'][f'{m}@{k}']:.4f}" for m in ("HR", "NDCG") for k in ev.KS]
+    assert 0 < result["model"]["nll"] == pytest.approx(np.mean([p["nll"] for p in found]))
+    assert f"{result['model']['nll']:.4f} nats per item" in shown
     assert ("auc" in result["model"]) == ("AUC against " in shown) == ("--auc" in more)
     if "999" in more:  # all titles: ranks that agree with the exact top 10, and metrics from them
         ranks = np.array([(p["before"], p["ties"]) for p in found]).T
