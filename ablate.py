@@ -179,7 +179,8 @@ def read_run(place: Path) -> dict:
     own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"]}
     own["windows"] = np.array([(p["user"], p["target"]) for p in predictions])
     if not all("nll" in p for p in predictions):
-        raise InputError(f"{place} was tested by an older version, without nll: `python eval.py --out {place}` again")
+        again = f"python eval.py --out {place} --dtype {c['dtype']}"  # as train.py tested it
+        raise InputError(f"{place} was tested by an older version, without nll; `{again}` mends it")
     own |= {"NDCG@10": gains(*at, 10), "nll": np.array([p["nll"] for p in predictions])}
     best = max(read(place / "metrics.jsonl"), key=train.merit)
     return own | {"metrics": metrics(*at) | {"nll": own["nll"].mean()} | {x: best[x.replace(" ", "_")] for x in VALID}}

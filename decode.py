@@ -279,7 +279,8 @@ class Decoder:
         column = torch.arange(len(key), device=key.device) - torch.searchsorted(u, u)
         grid = leaves.new_full((B, int(column.max()) + 1 if len(key) else 0), -1)
         grid[u, column] = trie.path_node[trie.start[leaf] + depth - 1]
-        asked, at = torch.unique(user * trie.n_nodes + node, return_inverse=True)  # the edges of all titles' paths
+        # the edges on the titles' paths alone: B rows of all edges would not fit where the catalogue is large
+        asked, at = torch.unique(user * trie.n_nodes + node, return_inverse=True)
         edge = torch.zeros(len(asked), device=leaves.device)
 
         def note(h: Tensor, user: Tensor, nodes: Tensor):

@@ -76,7 +76,9 @@ def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
     return out
 
 
-def recommend(decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags", targets: list | None = None) -> list:
+def recommend(
+    decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags", targets: list[int] | None = None
+) -> list[dict]:
     """The items of the k best titles for every history, as predictions.jsonl has them; with targets also the nll of
     each, -log p of its title. A title that several items bear lists all of them. exclude_history leaves out what is in
     it. A batch that is too large for the memory is halved."""
