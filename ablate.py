@@ -3,6 +3,7 @@
 python ablate.py run --data books,office --seeds 0,1,2 --max_steps 800   # every plan; ends with the table
 python ablate.py run --data beauty --model smollm2-135m --limit 10000 --plans "OR;IN:1/4 OR CR:1/4"
 python ablate.py table --out out/ablate --metrics HR@10,NDCG@10          # the table again, into out/ablate/table.md
+python ablate.py table --out out/ablate --seen 0                         # of targets that are not in training alone
 python ablate.py attention --out out/ablate/books-OR-s0 --plot looks.png # attention within items and across
 python ablate.py curves --out out/ablate --plot curves.png               # loss and validation of all the runs
 
@@ -14,6 +15,7 @@ finished and resumes the rest. Several GPUs: start it once on each, with other -
 import gc
 import json
 import os
+import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +151,7 @@ def run(argv: list[str]):
 class Table:
     out: str = "out/ablate"  # folder of the runs; baselines-*.json are looked for in it and beside it
     metrics: str = ",".join(COLUMNS)  # columns, separated by commas
+    seen: str = ""  # only the test windows whose target occurs so often in training: 0, 1-4, 1+; empty: all
 
 
 def read(path: Path):
@@ -171,9 +174,26 @@ def setting(c: dict, used: dict) -> str:
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *(f"--{k} {v}" for k, v in flags.items())])
 
 
-def read_run(place: Path) -> dict:
+def so_often(seen: str, n: np.ndarray) -> np.ndarray:
+    """Which of the counts n are in the range that seen spells: '0', '1-4', '1+'."""
+    found = re.fullmatch(r"(\d+)(\+|-(\d+))?", seen)
+    if not found:
+        raise InputError(f"--seen {seen}: give a number, a range or a least number, like 0, 1-4 or 1+")
+    low, high = int(found[1]), np.inf if found[2] == "+" else int(found[3] or found[1])
+    return (n >= low) & (n <= high)
+
+
+def read_run(place: Path, seen: str = "") -> dict:
+    """What the table needs of a run, of the windows whose target occurs `seen` in training."""
     c, result = read(place / "config.json"), read(place / "results-test.json")
     predictions = read(place / "predictions-test.jsonl")
+    if seen:
+        d = evaluation.load_data(place, c)
+        keep = np.flatnonzero(so_often(seen, d.counts[[p["target"] for p in predictions]]))
+        if not len(keep):
+            raise InputError(f"--seen {seen}: {place} has no test window with such a target")
+        predictions = [predictions[i] for i in keep]
+        result["popularity"] = metrics(*evaluation.popularity(d, d.test[keep]))
     at = positions(predictions)
     own = {k: c[k] for k in ("plan", "seed", "digest")} | {"data": Path(c["data"]).name, "place": place}
     own |= {"setting": setting(c, result["flags"]), "popularity": result["popularity"]}
@@ -237,9 +257,10 @@ def rows_of(runs: list[dict], folders: tuple) -> list[dict]:
     return rows
 
 
-def markdown(title: str, n: int, rows: list[dict], names: list[str]) -> str:
+def markdown(title: str, n: int, rows: list[dict], names: list[str], seen: str = "") -> str:
+    of = f", of targets that occur {seen} times in training" if seen else ""
     head = ["plan", "seeds", *names, *(f"{name} - all-OR" for name in PAIRED)]
-    lines = [f"## {title}\n\n{n:,} test windows\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [f"## {title}\n\n{n:,} test windows{of}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
         values = [r["metrics"].get(name) for name in names]
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
@@ -259,10 +280,11 @@ def table(argv: list[str]):
     if not done:
         raise InputError(f"--out {out}: no finished run is there; `ablate.py run` makes them")
     tables = {}
-    for r in map(read_run, done):
+    for place in done:
+        r = read_run(place, f.seen)
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
-    parts = [markdown(*m, names) for m in made] + [
+    parts = [markdown(*m, names, f.seen) for m in made] + [
         "mean ± standard deviation over seeds; nll: -log p of the target, in nats; valid: at the best validation;\n"
         f"- all-OR: by window, mean over seeds, 95% interval over users ({RESAMPLES:,} bootstrap resamples), which\n"
         "says nothing about what other seeds would change"

@@ -185,6 +185,14 @@ def against(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, 
 # The command line
 
 
+def load_data(out: Path, c: dict) -> Dataset:
+    """The data of the run in out, whose config is c."""
+    d = data.load(c["data"], c["data_dir"], c["split"], c["core"])
+    if d.digest() != c["digest"]:
+        raise InputError(f"{c['data']} is not the data that {out} was trained on: its files have changed since")
+    return d
+
+
 def load_run(out: Path, dtype: str = "auto") -> tuple[Llama, Catalogue, Dataset, dict]:
     """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
     try:
@@ -192,9 +200,7 @@ def load_run(out: Path, dtype: str = "auto") -> tuple[Llama, Catalogue, Dataset,
     except (OSError, json.JSONDecodeError) as e:
         raise InputError(f"--out {out}: no run of train.py is there ({e})") from None
     device, dtype = device_and_dtype(dtype, c["model"])
-    d = data.load(c["data"], c["data_dir"], c["split"], c["core"])
-    if d.digest() != c["digest"]:
-        raise InputError(f"{c['data']} is not the data that {out} was trained on: its files have changed since")
+    d = load_data(out, c)
     best = newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")

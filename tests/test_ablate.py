@@ -351,6 +351,35 @@ def test_table_of_trained_runs(runs, shop):
         assert made["rows"][1]["metrics"][name]["mean"] == pytest.approx(reported["SASRec"][name])
 
 
+def test_table_of_targets_seen(runs):
+    """Rare and frequent targets apart: together they are all windows, each against a count by hand."""
+    place = runs / "shop-OR-s0"
+    d = evaluation.load_data(place, json.loads((place / "config.json").read_text()))
+    predictions = [json.loads(line) for line in (place / "predictions-test.jsonl").read_text().splitlines()]
+    n = [sum(s.count(i) for s in d.sequences) for i in range(len(d.ids))]
+    middle = statistics.median_high(n[p["target"]] for p in predictions)
+    ranges = {f"0-{middle - 1}": range(middle), f"{middle}": (middle,), f"{middle + 1}+": range(middle + 1, 999)}
+    total = 0
+    for seen, counts in ranges.items():
+        own = [p for p in predictions if n[p["target"]] in counts]
+        ablate.main(["table", "--out", str(runs), "--seen", seen])
+        (made,) = json.loads((runs / "table.json").read_text())["tables"]
+        total += made["n"]
+        assert made["n"] == len(own) > 0
+        rows = {r["name"]: {k: v["mean"] for k, v in r["metrics"].items()} for r in made["rows"]}
+        one = ablate.read_run(place, seen)["metrics"]
+        assert one["HR@10"] == pytest.approx(statistics.mean(by_hand(p, 10)[0] for p in own))
+        assert one["nll"] == pytest.approx(statistics.mean(p["nll"] for p in own))
+        lists = [{"target": p["target"], "items": [[i] for i in range(len(n))], "scores": n} for p in own]
+        assert rows["popularity"]["HR@10"] == pytest.approx(statistics.mean(by_hand(p, 10)[0] for p in lists))
+        head = f"{len(own)} test windows, of targets that occur {seen} times in training"
+        assert head in (runs / "table.md").read_text()
+    assert total == len(predictions)
+    for seen, message in (("often", "--seen often: give a number"), ("7-", "give a number"), ("999", "no test window")):
+        with pytest.raises(InputError, match=message):
+            ablate.main(["table", "--out", str(runs), "--seen", seen])
+
+
 def test_interval_by_hand(monkeypatch):
     """The same draws, one resample and one user after the other; in one piece or in many."""
     rng = np.random.default_rng(3)
