@@ -71,7 +71,7 @@ class Flags:
     # output
     out: str = ""  # folder of the run; default out/DATA-MODEL
     eval_every: int = 400  # steps between two validations, each with a checkpoint
-    valid_limit: int = 500  # windows in a validation, drawn by a fixed seed
+    valid_limit: int = 2000  # windows in a validation, drawn by a fixed seed: with few, the choice of the best is noise
     test_limit: int = 0  # test windows in the table at the end; 0: all
     resume: bool = False  # go on from the last checkpoint in the output folder
     overwrite: bool = False  # replace the output folder
