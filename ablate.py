@@ -183,12 +183,15 @@ def so_often(seen: str, n: np.ndarray) -> np.ndarray:
     return (n >= low) & (n <= high)
 
 
-def read_run(place: Path, seen: str = "") -> dict:
-    """What the table needs of a run, of the windows whose target occurs `seen` in training."""
+def read_run(place: Path, seen: str, loaded: dict) -> dict:
+    """What the table needs of a run, of the windows whose target occurs `seen` in training; '': of all. loaded: the
+    data sets by digest, each read once for all of its runs."""
     c, result = read(place / "config.json"), read(place / "results-test.json")
     predictions = read(place / "predictions-test.jsonl")
     if seen:
-        d = evaluation.load_data(place, c)
+        if c["digest"] not in loaded:
+            loaded[c["digest"]] = evaluation.load_data(place, c)
+        d = loaded[c["digest"]]
         keep = np.flatnonzero(so_often(seen, d.counts[[p["target"] for p in predictions]]))
         if not len(keep):
             raise InputError(f"--seen {seen}: {place} has no test window with such a target")
@@ -279,9 +282,9 @@ def table(argv: list[str]):
     done = sorted(p.parent for p in out.glob("*/results-test.json"))
     if not done:
         raise InputError(f"--out {out}: no finished run is there; `ablate.py run` makes them")
-    tables = {}
+    tables, loaded = {}, {}
     for place in done:
-        r = read_run(place, f.seen)
+        r = read_run(place, f.seen, loaded)
         tables.setdefault((r["setting"], r["digest"]), []).append(r)
     made = [(key[0], len(own[0]["windows"]), rows_of(own, (out, out.parent))) for key, own in sorted(tables.items())]
     parts = [markdown(*m, names, f.seen) for m in made] + [

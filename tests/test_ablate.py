@@ -367,7 +367,7 @@ def test_table_of_targets_seen(runs):
         total += made["n"]
         assert made["n"] == len(own) > 0
         rows = {r["name"]: {k: v["mean"] for k, v in r["metrics"].items()} for r in made["rows"]}
-        one = ablate.read_run(place, seen)["metrics"]
+        one = ablate.read_run(place, seen, {})["metrics"]
         assert one["HR@10"] == pytest.approx(statistics.mean(by_hand(p, 10)[0] for p in own))
         assert one["nll"] == pytest.approx(statistics.mean(p["nll"] for p in own))
         lists = [{"target": p["target"], "items": [[i] for i in range(len(n))], "scores": n} for p in own]
