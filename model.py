@@ -204,8 +204,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, layer: int, kind: str):
+    def __init__(self, c: Config, layer: int, kind: str, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)  # of both branches, before they join the residual stream
         self.layer, self.kind, self.G = layer, kind, c.num_attention_heads // c.num_key_value_heads
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
@@ -224,17 +225,19 @@ class Block(nn.Module):
         return compute(x, rope, mask, cache, rows)
 
     def compute(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer))
         x = x if rows is None else x.flatten(0, 1)[rows]
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(nn.Module):
-    def __init__(self, c: Config, plan: str = "OR"):
+    def __init__(self, c: Config, plan: str = "OR", dropout: float = 0.0):
+        """dropout: on the embeddings and on both branches of every block, for training from scratch."""
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.config, self.plan, self.checkpointing = c, parse_plan(plan, c.num_hidden_layers), False
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, i, kind) for i, kind in enumerate(self.plan))
+        self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.rope = Rope(c)
@@ -252,7 +255,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """tokens (B, Tq) -> (B, Tq, d) after the last norm, or (R, d) where only rows (R,), of the B * Tq tokens, are
         needed: the last MLP sees them alone. `logits` is the caller's."""
-        return self.norm(self.blocks(self.embed_tokens(tokens), layout, cache, rows=rows))
+        return self.norm(self.blocks(self.dropout(self.embed_tokens(tokens)), layout, cache, rows=rows))
 
     def blocks(
         self,

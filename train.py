@@ -51,6 +51,7 @@ class Flags:
     # how
     loss: str = "msl"  # lml: cross-entropy over the vocabulary; msl: over the tokens that continue some title
     tau: float = 1.0  # temperature of msl
+    dropout: float = 0.0  # tiny: on the embeddings and on both branches of every block
     lora: int = 8  # rank of the adapters; 0: full fine-tuning, as always for tiny
     lora_alpha: float = 16  # adapters are scaled by lora_alpha / lora
     lora_dropout: float = 0.05  # on the input of the adapters
@@ -91,7 +92,7 @@ def build(f: Flags, titles: list[str], device: torch.device, dtype: torch.dtype)
     torch.manual_seed(f.seed)
     if f.model == "tiny":
         tokenizer = data.train_tokenizer(titles)
-        model = Llama(Config(**TINY, vocab_size=tokenizer.get_vocab_size()), f.plan).init_weights()
+        model = Llama(Config(**TINY, vocab_size=tokenizer.get_vocab_size()), f.plan, f.dropout).init_weights()
         return model.to(device), tokenizer, ""
     root = Path(os.environ.get("HATLLM_WEIGHTS", "weights"))
     folder = next((p for p in (Path(f.model), root / f.model) if (p / "config.json").exists()), None)
@@ -400,7 +401,7 @@ def main(argv: list[str]):
     for name in ("core", "tokens", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
         if not getattr(f, name) >= 0:
             raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
-    for name in ("warmup", "lora_dropout"):
+    for name in ("warmup", "dropout", "lora_dropout"):
         if not 0 <= getattr(f, name) < 1:
             raise InputError(f"--{name} is a share, from 0 to below 1, not {getattr(f, name)}")
     resolve(f)
