@@ -8,84 +8,82 @@ Each has a header line. Shapes as in model.py, plus N windows and R rows: the po
 """
 
 import copy
+import csv
 import difflib
 import gzip
 import hashlib
+import itertools
+import json
 import math
 import os
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-import fetch
 from hatllm import InputError
+from model import Config, read_json
 
 PRESETS = ("ml-100k", "beauty", "office", "books")
+TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
+csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
 STRIDE = 5  # --targets all: a history longer than HISTORY is cut into chunks that start every STRIDE items
-CORE = 5  # every user and item has at least so many interactions (published sets: the 5-core)
-PROMPT = (  # before the history, between its titles, after it; titles are encoded alone, so that their spans are exact
-    "The user bought, oldest first:\n",
-    "\n",
-    "\nNext:\n",
-)
+PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
+TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: what is wrong gets a sentence that names file and line
+# --- Reading: what is wrong gets a sentence that names file and line ------------------------------------------------
 
 
-def read_table(folder: Path, name: str, columns: int, first: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """folder/name.tsv[.gz], whose header begins with column `first` -> header, rows as (where, fields); at least so
-    many fields each."""
-    path = next((p for p in (folder / f"{name}.tsv.gz", folder / f"{name}.tsv") if p.exists()), None)
-    if path is None:
-        raise InputError(f"{folder} has no {name}.tsv or {name}.tsv.gz; see 'Your own data' in README.md")
+def read_table(folder: Path, name: str, columns: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of folder/name.tsv[.gz] as (where, {column: text}). The header names at least these columns, in any order;
+    quotes are text."""
+    found = [p for p in (folder / f"{name}.tsv", folder / f"{name}.tsv.gz") if p.exists()]
+    if len(found) != 1:
+        raise InputError(f"{folder} has {len(found)} of {name}.tsv and {name}.tsv.gz, but one of the two is needed")
+    path = found[0]
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows.fieldnames = ["times" if c in TIMES else c for c in rows.fieldnames or ()]
+            if lacking := set(columns.split()) - set(rows.fieldnames):
+                raise InputError(f"{path}, line 1: no column {', '.join(lacking)}; tabs stand between columns")
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(f"{where}: not the {len(rows.fieldnames)} tab-separated columns of the header")
+                yield where, row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{path}: cannot be read ({e}); is the file complete, and UTF-8?") from None
-    rows = [(f"{path}, line {i}", line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
-    if len(rows) < 2:
-        raise InputError(f"{path} is empty: a header line and at least one row are needed")
-    if rows[0][1][0] != first:
-        raise InputError(f"{rows[0][0]}: the header must begin with {first}, not with '{rows[0][1][0]}'")
-    for where, fields in rows:
-        if len(fields) < columns:
-            raise InputError(f"{where}: {len(fields)} tab-separated columns, but {columns} are needed")
-    return rows[0][1], rows[1:]
 
 
-def read_items(folder: Path) -> tuple[list[str], list[str]]:
-    """ids, titles ('' where an item has none)."""
-    header, rows = read_table(folder, "items", 2, "item_id")
-    if "title" not in header:
-        raise InputError(f"{folder}/items.tsv: no column is called 'title', only {', '.join(header)}")
-    seen, titles = {}, []
-    for where, fields in rows:
-        if fields[0] in seen:
-            raise InputError(f"{where}: item_id {fields[0]} is already that of {seen[fields[0]]}")
-        if len(fields) < len(header):
-            raise InputError(f"{where}: {len(fields)} columns, but the header has {len(header)}")
-        seen[fields[0]] = where
-        titles.append(" ".join(fields[header.index("title")].split()))
-    return list(seen), titles
+def read_items(folder: Path) -> dict[str, str]:
+    """item_id -> title ('' where an item has none), in the order of the file."""
+    titles = {}
+    for where, row in read_table(folder, "items", "item_id title"):
+        if row["item_id"] in titles:
+            raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
+        titles[row["item_id"]] = " ".join(row["title"].split())
+    return titles
 
 
-def read_numbers(where: str, text: str) -> list[float]:
+def read_times(where: str, text: str, n: int) -> list[float]:
     try:
-        if all(map(math.isfinite, numbers := [float(t) for t in text.split()])):
-            return numbers
-        raise ValueError
+        times = [float(t) for t in text.split()]
     except ValueError:
-        raise InputError(f"{where}: '{text[:40]}' is not made of numbers (times, as seconds or days)") from None
+        times = []
+    if len(times) != n or not all(map(math.isfinite, times)):
+        raise InputError(f"{where}: '{text:.40}' is not {n} numbers: one time an item, in seconds or days")
+    return times
 
 
 def read_ids(where: str, text: str, index: dict[str, int], least: int) -> list[int]:
@@ -100,77 +98,73 @@ def read_ids(where: str, text: str, index: dict[str, int], least: int) -> list[i
 def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
     """user -> [(item, time)] in time order."""
     users = {}
-    for where, (user, items, times, *_) in read_table(folder, "sequences", 3, "user_id")[1]:
-        items, times = read_ids(where, items, index, 1), read_numbers(where, times)
-        if len(items) != len(times):
-            raise InputError(f"{where}: {len(items)} items, but {len(times)} times")
-        if any(a > b for a, b in zip(times, times[1:], strict=False)):
-            raise InputError(f"{where}: the times of user {user} are not in ascending order")
-        if user in users:
-            raise InputError(f"{where}: user {user} stands in the file already; one line a user")
-        users[user] = list(zip(items, times, strict=True))
+    for where, row in read_table(folder, "sequences", "user_id item_ids times"):
+        items = read_ids(where, row["item_ids"], index, 1)
+        times = read_times(where, row["times"], len(items))
+        if any(a > b for a, b in itertools.pairwise(times)):
+            raise InputError(f"{where}: the times of user {row['user_id']} are not in ascending order")
+        if row["user_id"] in users:
+            raise InputError(f"{where}: user {row['user_id']} stands in the file already; one line a user")
+        users[row["user_id"]] = list(zip(items, times, strict=True))
     return users
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows: a history and the item that came next
+def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dict[str, list]:
+    """split -> windows. Untitled items leave the histories; a window with an untitled target is dropped."""
+    rows = {"train": [], "valid": [], "test": []}
+    for where, row in read_table(folder, "windows", "split user_id item_ids times"):
+        *history, target = read_ids(where, row["item_ids"], index, 2)
+        history = [i for i in history if titled[i]][-HISTORY:]
+        (time,) = read_times(where, row["times"], 1)
+        if row["split"] not in rows:
+            raise InputError(f"{where}: split '{row['split']}' is none of train, valid, test")
+        if titled[target] and history:
+            rows[row["split"]].append(Window(history, target, row["user_id"], time))
+    if not rows["valid"]:  # published without one: the latest ninth of the training windows
+        rows["train"].sort(key=lambda w: w.time)
+        cut = len(rows["train"]) * 8 // 9
+        rows["train"], rows["valid"] = rows["train"][:cut], rows["train"][cut:]
+    return rows
 
 
-@dataclass
-class Windows:
-    """N examples. history (N, HISTORY) with -1 after its end, target (N,), user (N,), time (N,): the target's."""
+# --- Windows: a history and the item that came next -----------------------------------------------------------------
 
-    history: np.ndarray
-    target: np.ndarray
-    user: np.ndarray
-    time: np.ndarray
 
-    @staticmethod
-    def of(rows: list[tuple[list[int], int, int, float]]) -> "Windows":
-        history = np.full((len(rows), HISTORY), -1)
-        for i, (h, *_) in enumerate(rows):
-            history[i, : len(h)] = h
-        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        return Windows(history, *(np.array(c, d) for c, d in zip(columns[1:], (int, int, float), strict=True)))
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def histories(self) -> list[list[int]]:
-        return [[i for i in h if i >= 0] for h in self.history.tolist()]
-
-    def __getitem__(self, at) -> "Windows":
-        return Windows(self.history[at], self.target[at], self.user[at], self.time[at])
+class Window(NamedTuple):
+    history: list[int]  # the last HISTORY items, oldest first
+    target: int
+    user: str
+    time: float  # the target's
 
 
 @dataclass
 class Dataset:
-    """Items are numbered 0 .. N-1 in the catalogue's order; ids and titles are the files' own."""
+    """Items are numbered 0 .. N-1 in the catalogue's order; ids, titles and users are the files' own."""
 
-    name: str
+    folder: Path
     ids: list[str]
     titles: list[str]
-    train: Windows
-    valid: Windows
-    test: Windows
+    train: list[Window]
+    valid: list[Window]
+    test: list[Window]
     sequences: list[list[int]]  # the training interactions, in order, a user (or a stretch of one) a list
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """(items,) how often each item occurs in the training interactions: popularity, and who is cold."""
         return np.bincount([i for s in self.sequences for i in s], minlength=len(self.ids))
 
+    @cached_property
     def digest(self) -> str:
-        """A fingerprint of the catalogue and the split, so that a resumed run and its evaluation see the same."""
-        h = hashlib.sha256("\n".join(self.titles).encode())
-        for w in (self.train, self.valid, self.test):
-            h.update(w.history.tobytes() + w.target.tobytes())
-        return h.hexdigest()[:16]
+        """A fingerprint of the catalogue, the split and what is learnt from."""
+        parts = self.ids, self.titles, self.train, self.valid, self.test, self.sequences
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
+        users = {w.user for part in (self.train, self.valid, self.test) for w in part}
         sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,}"
-        n = len(set(np.concatenate([w.user for w in (self.train, self.valid, self.test)]).tolist()))
-        return f"{self.name}: {n:,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
+        name = self.folder.name
+        return f"{name}: {len(users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
 
 
 def core(users: dict, k: int) -> dict:
@@ -184,38 +178,36 @@ def core(users: dict, k: int) -> dict:
         users = kept
 
 
-def window(sequence: list[tuple[int, float]], at: int, user: int) -> tuple:
-    return [i for i, _ in sequence[max(0, at - HISTORY) : at]], sequence[at][0], user, sequence[at][1]
+def window(sequence: list[tuple[int, float]], at: int, user: str) -> Window:
+    return Window([i for i, _ in sequence[max(0, at - HISTORY) : at]], sequence[at][0], user, sequence[at][1])
 
 
-def split_time(users: list[list[tuple[int, float]]]) -> tuple[list, list, list]:
-    """One window per item that has HISTORY items before it, or the last item of a shorter user (BIGRec, MSL); all
-    windows in order of the target's time, 8:1:1. Ties in time keep the order of the files."""
-    rows = [window(s, at, u) for u, s in enumerate(users) for at in range(min(HISTORY, len(s) - 1), len(s))]
-    rows.sort(key=lambda r: r[3])
+def split_time(users: dict[str, list]) -> tuple[dict[str, list], list[list[int]]]:
+    """-> windows by split, training sequences. One window per item that has HISTORY items before it, or the last item
+    of a shorter user; all in order of the target's time, 8:1:1 (BIGRec, MSL). Ties in time keep the files' order."""
+    rows = [window(s, at, u) for u, s in users.items() for at in range(min(HISTORY, len(s) - 1), len(s))]
+    rows.sort(key=lambda w: w.time)
     a, b = int(0.8 * len(rows)), int(0.8 * len(rows)) + int(0.1 * len(rows))
-    return rows[:a], rows[a:b], rows[b:]
+    # learnt from: interactions no later than the last training target, none of them held out
+    last = max((w.time for w in rows[:a]), default=0)
+    held = Counter(w.user for w in rows[a:])  # a user's last ones
+    sequences = [[i for i, t in s[: len(s) - held[u]] if t <= last] for u, s in users.items()]
+    return {"train": rows[:a], "valid": rows[a:b], "test": rows[b:]}, sequences
 
 
-def split_loo(users: list[list[tuple[int, float]]]) -> tuple[list, list, list]:
+def split_loo(users: dict[str, list]) -> tuple[dict[str, list], list[list[int]]]:
     """Leave one out (SASRec, TIGER): a user's last item is for test, the one before for validation."""
-    long = [(u, s) for u, s in enumerate(users) if len(s) >= 3]
-    rest = [(u, s[:-2]) for u, s in long]
-    train = [window(s, at, u) for u, s in rest for at in range(min(HISTORY, len(s) - 1), len(s)) if at]
-    return train, [window(s, len(s) - 2, u) for u, s in long], [window(s, len(s) - 1, u) for u, s in long]
-
-
-def before_held_out(users: list, train: list, held_out: list) -> list[list[int]]:
-    """What may be learnt from under split_time: interactions no later than the last training target, none held out."""
-    last = max((r[3] for r in train), default=0)
-    held = Counter(r[2] for r in held_out)  # a user's last ones
-    return [[i for i, t in s[: len(s) - held[u]] if t <= last] for u, s in enumerate(users)]
+    long = {u: s for u, s in users.items() if len(s) >= 3}
+    rest = {u: s[:-2] for u, s in long.items()}
+    train = [window(s, at, u) for u, s in rest.items() for at in range(min(HISTORY, len(s) - 1), len(s)) if at]
+    valid, test = ([window(s, len(s) - n, u) for u, s in long.items()] for n in (2, 1))
+    return {"train": train, "valid": valid, "test": test}, [[i for i, _ in s] for s in rest.values()]
 
 
 def chain(train: list) -> list[list[int]]:
     """The sequences along which published training windows slid: a window that fits continues its user's last one."""
     open_, done = {}, []
-    for history, target, user, _ in sorted(train, key=lambda r: r[3]):
+    for history, target, user, _ in sorted(train, key=lambda w: w.time):
         s = open_.get(user)
         if s is not None and s[-len(history) :] == history:
             s.append(target)
@@ -225,129 +217,125 @@ def chain(train: list) -> list[list[int]]:
     return done
 
 
-def read_windows(folder: Path, index: dict[str, int], titles: list[str]) -> dict[str, list]:
-    """split -> rows for Windows. Untitled items leave the histories; a window with an untitled target is dropped."""
-    rows, users = {"train": [], "valid": [], "test": []}, {}
-    for where, (split, user, items, time, *_) in read_table(folder, "windows", 4, "split")[1]:
-        if split not in rows:
-            raise InputError(f"{where}: split '{split}' is none of train, valid, test")
-        *history, target = read_ids(where, items, index, 2)
-        history = [i for i in history if titles[i]][-HISTORY:]
-        t, *more = read_numbers(where, time) or [0.0]
-        if more:
-            raise InputError(f"{where}: one time, the target's, is needed, not '{time}'")
-        if titles[target] and history:
-            rows[split].append((history, target, users.setdefault(user, len(users)), t))
-    if not rows["train"] or not rows["test"]:
-        raise InputError(f"{folder}/windows.tsv: no window of split {'test' if rows['train'] else 'train'}")
-    if not rows["valid"]:  # published without one: the latest ninth of the training windows
-        rows["train"].sort(key=lambda r: r[3])
-        cut = len(rows["train"]) * 8 // 9
-        rows["train"], rows["valid"] = rows["train"][:cut], rows["train"][cut:]
-    return rows
-
-
-def find(name: str, data_dir: str | None) -> Path:
-    """The folder of a data set: a path, else NAME in --data_dir, $HATLLM_DATA or data/, else it is fetched to data/."""
-    places = [Path(p) / name for p in (data_dir, os.environ.get("HATLLM_DATA"), "data") if p]
-    for place in [Path(name), *places]:
-        if any(place.glob("items.tsv*")):
+def find(name: str | Path) -> Path:
+    """The folder of a data set: a path, else NAME in $HATLLM_DATA or data/, else a preset is fetched to data/."""
+    places = [Path(name), *(Path(p) / name for p in (os.environ.get("HATLLM_DATA"), "data") if p)]
+    for place in places:
+        if (place / "items.tsv").exists() or (place / "items.tsv.gz").exists():
             return place
-    if name in fetch.KNOWN and name in PRESETS:
-        return fetch.dataset(name, Path(data_dir or "data"))
-    near = difflib.get_close_matches(name, PRESETS, 1)
-    hint = (
-        f"did you mean '{near[0]}'?"
-        if near and near[0] != name
-        else f"presets that can be fetched: {', '.join(PRESETS[:2])}"
-    )
-    raise InputError(f"--data {name}: no items.tsv[.gz] in {', '.join(map(str, [name, *places]))}; {hint}")
+    if str(name) in PRESETS[:2]:
+        from extras import fetch
+
+        return fetch.dataset(str(name), Path("data"))
+    if Path(name).is_file():
+        raise InputError(f"--data {name} is a file; a folder with items.tsv and sequences.tsv is needed, see README.md")
+    near = difflib.get_close_matches(str(name), PRESETS, 1) or PRESETS[:2]
+    raise InputError(f"--data {name}: no items.tsv[.gz] in {', '.join(map(str, places))}; try {' or '.join(near)}")
 
 
-def load(name: str, data_dir: str | None = None, split: str = "time", k: int = CORE) -> Dataset:
-    """The data set of that name or folder, split by time or loo; a published split (windows.tsv) stays as it is."""
-    folder = find(name, data_dir)
-    ids, titles = read_items(folder)
-    index = {x: i for i, x in enumerate(ids)}
-    if any(folder.glob("windows.tsv*")):
-        if split != "time":
-            raise InputError(f"--split {split}: {folder} is a published split, which is used as it is")
-        rows = read_windows(folder, index, titles)
-        sequences = chain(rows["train"])
-    else:
-        users = {u: [(i, t) for i, t in s if titles[i]] for u, s in read_sequences(folder, index).items()}
-        users = list(core(users, k).values())
-        if not users:
-            raise InputError(
-                f"{folder}: no user is left of the {k}-core (items without a title leave first); try --core 0"
-            )
-        rows = dict(zip(("train", "valid", "test"), (split_loo if split == "loo" else split_time)(users), strict=True))
-        held_out = rows["valid"] + rows["test"]
-        sequences = (
-            [[i for i, _ in s[:-2]] for s in users]
-            if split == "loo"
-            else before_held_out(users, rows["train"], held_out)
+def load(name: str | Path, split: str = "time", k: int = 5) -> Dataset:
+    """The data set of that name or folder, split by time or loo, its k-core; a published split stays as it is."""
+    folder = find(name)
+    titles = read_items(folder)
+    index, titled = {x: i for i, x in enumerate(titles)}, [bool(t) for t in titles.values()]
+    windows, sequences = ([*folder.glob(f"{x}.tsv"), *folder.glob(f"{x}.tsv.gz")] for x in ("windows", "sequences"))
+    if windows and (sequences or split != "time" or k != 5):
+        raise InputError(
+            f"{folder} is a published split: {windows[0].name} goes without --split, --core, sequences.tsv"
         )
-    return catalogued(folder.name, ids, titles, rows, sequences)
+    if windows:
+        rows = read_windows(folder, index, titled)
+        return catalogued(folder, titles, rows, chain(rows["train"]))
+    users = {u: [(i, t) for i, t in s if titled[i]] for u, s in read_sequences(folder, index).items()}
+    return catalogued(folder, titles, *(split_loo if split == "loo" else split_time)(core(users, k)))
 
 
-def catalogued(name: str, ids: list[str], titles: list[str], rows: dict, sequences: list[list[int]]) -> Dataset:
+def catalogued(folder: Path, titles: dict[str, str], rows: dict[str, list], sequences: list[list[int]]) -> Dataset:
     """Renumbers the items that occur, in the order of items.tsv: they are the catalogue."""
-    occur = {i for s in sequences for i in s} | {i for part in rows.values() for h, t, *_ in part for i in (*h, t)}
-    kept = sorted(occur)
+    if not all(rows.values()):
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
+        raise InputError(f"{folder}: {sizes} windows, but each needs one at least; give more users or a lower --core")
+    windows = [w for part in rows.values() for w in part]
+    kept = sorted({i for s in sequences for i in s} | {i for w in windows for i in (*w.history, w.target)})
     new = {old: i for i, old in enumerate(kept)}
-    parts = {k: Windows.of([([new[i] for i in h], new[t], u, s) for h, t, u, s in part]) for k, part in rows.items()}
+    parts = {
+        name: [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
+        for name, part in rows.items()
+    }
+    ids, texts = list(titles), list(titles.values())
     sequences = [[new[i] for i in s] for s in sequences if s]
-    return Dataset(name, [ids[i] for i in kept], [titles[i] for i in kept], sequences=sequences, **parts)
+    return Dataset(folder, [ids[i] for i in kept], [texts[i] for i in kept], sequences=sequences, **parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The catalogue as a trie of title tokens
+# --- The catalogue as a trie of title tokens ------------------------------------------------------------------------
 
 
 class Trie:
-    """All titles, each with its end token, as arrays. Nodes are numbered breadth first, so that a node's children are
-    neighbours: child[n] .. child[n] + fan[n] - 1. Node 0 is the root. A leaf ends one title; several items may bear it.
-    Built without a Python loop over nodes, in about 80 bytes a node: 100,000 titles, 1.6 million nodes, in 1.3 s."""
+    """All titles as arrays, each with its end token ($ below), so that no title is the beginning of another.
+
+    Nodes are numbered breadth first, so that a node's children are neighbours. Six titles, one letter a token, of
+    which the last two are equal: "ab", "abc", "ad", "xyz", "q", "q".
+
+        node   0  1  2  3  4  5  6  7  8   9   10  11  12   13
+        title  "" a  q  x  ab ad q$ xy ab$ abc ad$ xyz abc$ xyz$
+        fan    3  2  1  1  2  1  0  1  0   1   0   1   0    0       children
+        child  1  4  6  7  8  10 -  11 -   12  -   13  -    -       the first of them
+        stop   0  1  6  13 4  10 6  13 8   12  10  13  12   13      where the titles below part
+
+    A leaf is a whole title; leaves are numbered depth first, so that those below a node are neighbours: ab$ 0, abc$ 1,
+    ad$ 2, q$ 3, xyz$ 4. Leaf 3 has two items.
+    """
+
+    token: Tensor  # (nodes,) the token that leads to the node
+    parent: Tensor  # (nodes,) the node above; the root's is itself
+    depth: Tensor  # (nodes,) tokens from the root
+    fan: Tensor  # (nodes,) how many children: child .. child + fan - 1
+    child: Tensor  # (nodes,) the first of them
+    leaf: Tensor  # (nodes,) the first leaf below (or at) the node
+    leaves: Tensor  # (nodes,) how many they are: leaf .. leaf + leaves - 1
+    stop: Tensor  # (nodes,) the next node below (or at) which titles part, or the leaf's node where there is one title
+    start: Tensor  # (leaves + 1,) a leaf's path is start[leaf] .. start[leaf + 1] - 1 in the next two
+    path_token: Tensor  # (tokens of all leaves,)
+    path_node: Tensor  # (tokens of all leaves,)
+    leaf_of_item: Tensor  # (items,)
 
     def __init__(self, paths: list[np.ndarray]):
-        """paths: token ids of every item's title, the end token last (so that no title is the beginning of another)."""
-        size = np.array([len(p) for p in paths])
-        table = np.full((len(paths), size.max() + 1), -1, np.int64)  # -1 after the end
-        table[np.arange(table.shape[1]) < size[:, None]] = np.concatenate(paths)
-        table, leaf_of = np.unique(table, axis=0, return_inverse=True)  # sorted: a subtree is a run of rows
-        leaf_of = leaf_of.reshape(-1)
-        size = (table >= 0).sum(1)
-        new = np.ones(table[:, :-1].shape, bool)  # does row r start a node at depth d + 1?
-        new[1:] = np.logical_or.accumulate(table[1:, :-1] != table[:-1, :-1], axis=1)
-        new &= table[:, :-1] >= 0
-        rank = np.cumsum(new, 0) - 1 + np.concatenate(([1], 1 + np.cumsum(new.sum(0))[:-1]))  # breadth first, root is 0
-        nodes = np.where(table[:, :-1] >= 0, rank, -1)  # (leaves, depth) node of every prefix
-        self.n_nodes, self.n_leaves = int(new.sum()) + 1, len(table)
-        row, depth = np.nonzero(new)
-        node = nodes[row, depth]
-        self.token, self.parent, self.depth, self.fan, self.child, self.leaf, self.leaves = np.zeros(
-            (7, self.n_nodes), int
-        )
-        self.token[node], self.depth[node] = table[row, depth], depth + 1
-        self.parent[node] = np.where(depth > 0, nodes[row, depth - 1], 0)
-        self.fan += np.bincount(self.parent[1:], minlength=self.n_nodes)
-        self.child[:] = np.searchsorted(self.parent[1:], np.arange(self.n_nodes)) + 1  # parents ascend along the nodes
-        self.leaf[node] = row  # the first of the leaves below a node
-        self.leaves[0] = self.n_leaves  # how many they are
-        np.add.at(self.leaves, nodes[nodes >= 0], 1)
-        self.start = np.concatenate(([0], np.cumsum(size)))  # leaf -> its range in path_token, path_node
-        self.path_token, self.path_node = table[table >= 0], nodes[nodes >= 0]
-        self.leaf_of_item = leaf_of
-        self.stop = np.arange(self.n_nodes)  # where the titles below a node part, or its leaf where there is one title
-        for d in range(self.depth.max() - 1, 0, -1):
-            n = np.flatnonzero((self.depth == d) & (self.fan == 1))
+        """paths: token ids of every item's title, the end token last."""
+        every = [tuple(p.tolist()) for p in paths]
+        titles = sorted(set(every))  # the leaves, depth first
+        number = {title: leaf for leaf, title in enumerate(titles)}
+        self.leaf_of_item = np.array([number[title] for title in every])
+        size = np.array([len(title) for title in titles])
+        self.start, self.path_token = np.append(0, np.cumsum(size)), np.concatenate(titles)
+        leaf = np.repeat(np.arange(len(titles)), size)  # of every token, as is its depth
+        depth = np.arange(len(leaf)) - self.start[leaf] + 1
+        shared = [0, *(len(os.path.commonprefix(pair)) for pair in itertools.pairwise(titles))]  # with the title before
+        new = np.flatnonzero(depth > np.array(shared)[leaf])  # where a title leaves the one before it, a node begins
+        new = new[np.lexsort((leaf[new], depth[new]))]  # breadth first
+        node = np.zeros(len(leaf), int)
+        node[new] = np.arange(1, len(new) + 1)
+        for a, b, n in zip(self.start, self.start[1:], shared[1:], strict=False):
+            node[b : b + n] = node[a : a + n]  # what is shared has its nodes already
+        self.path_node = node
+        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (self.path_token, depth, leaf))
+        self.parent = np.append(0, np.where(depth[new] > 1, node[new - 1], 0))
+        self.leaves = np.bincount(node, minlength=len(new) + 1)
+        self.leaves[0] = len(titles)
+        self.fan = np.bincount(self.parent[1:], minlength=len(self.parent))
+        self.child = np.searchsorted(self.parent[1:], np.arange(len(self.parent))) + 1  # parents ascend along the nodes
+        self.stop = np.where(self.leaves == 1, node[self.start[self.leaf + 1] - 1], np.arange(len(self.parent)))
+        for n in np.flatnonzero((self.fan == 1) & (self.leaves > 1))[::-1]:  # many titles, one way on
             self.stop[n] = self.stop[self.child[n]]
-        self.items = np.argsort(leaf_of, kind="stable")  # items in the order of their leaves
-        self.first_item = np.searchsorted(leaf_of[self.items], np.arange(self.n_leaves + 1))
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                setattr(self, name, torch.from_numpy(np.ascontiguousarray(value)))
+        self.stop[0] = 0
+        self.n_nodes, self.n_leaves = len(self.parent), len(titles)
+        vars(self).update({k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)})
+
+    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes."""
+        fan = self.fan[nodes]
+        row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan)
+        first = torch.cumsum(fan, 0) - fan
+        return row, self.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
 
     def to(self, device) -> "Trie":
         """A copy on device, for the model's side; this one stays where batches are made."""
@@ -356,29 +344,32 @@ class Trie:
         return new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text to token batches
+# --- Text to tokens -------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(titles: list[str], vocab_size: int = 4096) -> Tokenizer:
+def train_tokenizer(titles: list[str]) -> Tokenizer:
     """A byte-level BPE of the catalogue (and the prompt), for models from scratch; <|end|> is token 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # any title typed by hand can be encoded
-    special = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any title typed by hand can be encoded
+        show_progress=False,
     )
-    tokenizer.train_from_iterator([*titles, *PROMPT], special)
+    tokenizer.train_from_iterator([*titles, *PROMPT], trainer)
     return tokenizer
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, without what would cut, pad or vary a title."""
     path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{path} is missing; a model's folder holds config.json, tokenizer.json and *.safetensors")
+    found = read_json(path, {"model": dict}) | {"truncation": None, "padding": None}
+    if "dropout" in found["model"]:
+        found["model"]["dropout"] = None
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(json.dumps(found))
     except Exception as e:  # the library raises a bare Exception
         raise InputError(f"{path}: not a tokenizer ({e})") from None
 
@@ -386,24 +377,31 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 class Catalogue:
     """The titles as token ids, the trie over them, and the prompt around a history."""
 
-    def __init__(self, titles: list[str], tokenizer: Tokenizer, eos: int):
+    def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
-        self.bos = np.array(tokenizer.encode("").ids, int)  # what the tokenizer itself puts first, as Llama 3's does
-        self.head, self.separator, self.header = (self.encode(tokenizer, text) for text in PROMPT)
-        self.titles = [self.encode(tokenizer, t) for t in titles]
-        self.first = np.cumsum([0] + [len(t) for t in self.titles])
-        self.trie = Trie([np.append(t, eos) for t in self.titles])
-        items, first = self.trie.items.tolist(), self.trie.first_item.tolist()
-        self.bearers = [items[a:b] for a, b in zip(first, first[1:], strict=False)]  # the items of every leaf
-
-    @staticmethod
-    def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, int)
+        probe = tokenizer.encode("a")
+        self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
+        self.head, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        self.titles = encode_all(tokenizer, titles)
+        encoded = self.head, self.separator, self.header, *self.titles
+        for text, tokens in zip((*PROMPT, *titles), encoded, strict=True):
+            if len(tokens) and tokens.max() >= c.vocab_size:
+                raise InputError(f'{text!r:.60} has token {tokens.max()}, but the model has {c.vocab_size} tokens; '
+                                 "does the tokenizer belong to the model?")  # fmt: skip
+            if c.eos_token_id in tokens:
+                raise InputError(
+                    f"{text!r:.60} holds the end token {c.eos_token_id}; give it another title or tokenizer"
+                )
+        self.first = np.cumsum([0] + [len(t) for t in self.titles])  # where a title's tokens begin among those of all
+        self.trie = Trie([np.append(t, c.eos_token_id) for t in self.titles])
+        self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf
+        for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
+            self.bearers[leaf].append(i)
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """tokens, item of the instruction and the titles, and how many tokens the first k = 0, 1, .. items take."""
-        tokens, item, ends = [self.bos, self.head], [np.zeros(len(self.bos) + len(self.head), int)], [0]
-        ends[0] = len(item[0])
+        tokens, item = [self.bos, self.head], [np.zeros(len(self.bos) + len(self.head), int)]
+        ends = [len(item[0])]
         for k, i in enumerate(history, 1):
             gap = self.separator if k > 1 else self.separator[:0]
             tokens += [gap, self.titles[i]]
@@ -417,6 +415,17 @@ class Catalogue:
         return np.append(tokens, self.header), np.append(item, np.zeros(len(self.header), int))
 
 
+def encode_all(tokenizer: Tokenizer, texts) -> list[np.ndarray]:
+    """Every text on its own, without special tokens."""
+    ids = []
+    for a in range(0, len(texts), 10_000):  # in parts: an encoding holds much more than the ids
+        ids += [np.array(e.ids, int) for e in tokenizer.encode_batch(texts[a : a + 10_000], add_special_tokens=False)]
+    return ids
+
+
+# --- Batches --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Example:
     """One history and the targets that are learnt from it: (k, item) follows the first k items of the history."""
@@ -425,14 +434,14 @@ class Example:
     targets: list[tuple[int, int]]
 
 
-def window_examples(windows: Windows) -> list[Example]:
-    return [Example(h, [(len(h), t)]) for h, t in zip(windows.histories(), windows.target.tolist(), strict=True)]
+def window_examples(windows: list[Window]) -> list[Example]:
+    return [Example(w.history, [(len(w.history), w.target)]) for w in windows]
 
 
-def examples(data: Dataset, targets: str = "last", share: bool = True) -> list[Example]:
+def examples(data: Dataset, targets: str) -> list[Example]:
     """What an epoch goes through. last: a training window an example, the published recipe. all: every item of the
     training part that has one before it is a target once; those of a stretch of HISTORY items share one example (the
-    next stretch starts STRIDE later, so that no history is cut to less than HISTORY - STRIDE), or, to compare, none."""
+    next stretch starts STRIDE later, so that no history is cut to less than HISTORY - STRIDE)."""
     if targets == "last":
         return window_examples(data.train)
     out = []
@@ -443,7 +452,39 @@ def examples(data: Dataset, targets: str = "last", share: bool = True) -> list[E
             a = max(0, last - HISTORY)
             out.append(Example(s[a:last], [(j - a, s[j]) for j in range(first, last + 1)]))
             first = last + 1
-    return out if share else [Example(e.history[:k], [(k, t)]) for e in out for k, t in e.targets]
+    return out
+
+
+def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
+    """An example as arrays: tokens, item, branch, fork (T,) as in hatllm.layout; at, next, node (R,): where a loss
+    stands, the token to predict there, and the trie node of the title so far.
+
+    trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no row; and what
+    comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
+    trie, single = cat.trie, len(e.targets) == 1
+    tokens, item, ends = cat.trunk(e.history)
+    texts = [(tokens, item, 0 * item, 0 * item)]  # the trunk, then a branch for every target
+    losses, length = [], len(tokens)
+    for b, (k, target) in enumerate(e.targets, 1):
+        leaf = trie.leaf_of_item[target]
+        path = slice(trie.start[leaf], trie.start[leaf + 1])
+        title, node = trie.path_token[path].numpy(), np.append(0, trie.path_node[path][:-1].numpy())
+        rows, fed = np.arange(len(title)), title[:-1]
+        if trie_only:
+            rows = np.flatnonzero(trie.fan.numpy()[node] > 1)
+            fed = title[: rows[-1] if len(rows) else 0]
+        losses.append((length + len(cat.header) - 1 + rows, title[rows], node[rows]))
+        new = np.append(cat.header, fed)
+        item = np.append(0 * cat.header, np.full(len(fed), k + 1))
+        texts.append((new, item, np.full(len(new), 0 if single else b), np.full(len(new), ends[k])))
+        length += len(new)
+    columns = [np.concatenate(x) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
+    return dict(zip(("tokens", "item", "branch", "fork", "at", "next", "node"), columns, strict=True))
+
+
+def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:
+    """Title tokens to predict, end tokens and those that have no row included: what a loss is a mean of."""
+    return sum(len(cat.titles[target]) + 1 for e in examples for _, target in e.targets)
 
 
 @dataclass
@@ -460,63 +501,43 @@ class Batch:
         return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
 
 
-def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
-    """An example as arrays: tokens, item, branch, fork (T,), at, next, node (R,), and n_tokens, the number
-    of title tokens with the end tokens, those without a row included: what a loss is a mean of.
-
-    trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no row; and what
-    comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
-    trie, single = cat.trie, len(e.targets) == 1
-    tokens, item, ends = cat.trunk(e.history)
-    assert not single or e.targets[0][0] == len(e.history), "a lone target follows the whole history"
-    parts = {"tokens": [tokens], "item": [item], "branch": [0 * item], "fork": [0 * item]}
-    at, follow, nodes, n_tokens, offset = [], [], [], 0, len(tokens)
-    for b, (k, target) in enumerate(e.targets, 1):
-        leaf = trie.leaf_of_item[target]
-        path = slice(trie.start[leaf], trie.start[leaf + 1])
-        title, node = trie.path_token[path].numpy(), np.append(0, trie.path_node[path][:-1].numpy())
-        n_tokens += len(title)
-        row = np.arange(len(title))
-        fed = title[:-1]
-        if trie_only:
-            row = np.flatnonzero(trie.fan.numpy()[node] > 1)
-            fed = title[: row[-1] if len(row) else 0]
-        new = np.append(cat.header, fed)
-        parts["tokens"].append(new)
-        parts["item"].append(np.append(0 * cat.header, np.full(len(fed), k + 1)))
-        parts["branch"].append(np.full(len(new), 0 if single else b))
-        parts["fork"].append(np.full(len(new), ends[k]))
-        at.append(offset + len(cat.header) - 1 + row)
-        follow.append(title[row])
-        nodes.append(node[row])
-        offset += len(new)
-    out = {"at": at, "next": follow, "node": nodes} | parts
-    return {name: np.concatenate(v) for name, v in out.items()} | {"n_tokens": n_tokens}
+def pad(rows: list[np.ndarray], value: int) -> Tensor:
+    """-> (B, T), value after the end of the shorter ones."""
+    out = np.full((len(rows), max(map(len, rows))), value)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = row
+    return torch.from_numpy(out)
 
 
 def collate(coded: list[dict]) -> Batch:
     """Encoded examples, right-padded."""
-    B, T = len(coded), max(len(c["tokens"]) for c in coded)
-    grid = {name: np.full((B, T), -1 if name == "item" else 0) for name in ("tokens", "item", "branch", "fork")}
-    for b, c in enumerate(coded):
-        for name, values in grid.items():
-            values[b, : len(c[name])] = c[name]
-    flat = {name: torch.from_numpy(np.concatenate([c[name] for c in coded])) for name in ("at", "next", "node")}
-    flat["at"] += torch.repeat_interleave(torch.arange(B) * T, torch.tensor([len(c["at"]) for c in coded]))
-    tokens, item, branch, fork = (torch.from_numpy(v) for v in grid.values())
+    column = {name: [c[name] for c in coded] for name in coded[0]}
+    tokens, item, branch, fork = (
+        pad(column[x], -1 if x == "item" else 0) for x in ("tokens", "item", "branch", "fork")
+    )
     if not branch.any():
         branch = fork = None
-    return Batch(tokens, item, branch, fork, flat["at"], flat["next"], flat["node"])
+    rows = [b * tokens.shape[1] + at for b, at in enumerate(column["at"])]
+    flat = (torch.from_numpy(np.concatenate(x)) for x in (rows, column["next"], column["node"]))
+    return Batch(tokens, item, branch, fork, *flat)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """tokens, item, source (B, T) of prompts that end with the response header, right-padded. source: where a title's
     token stands among the tokens of all titles, one title after the other; -1 elsewhere."""
-    coded = [(*cat.prompt(h), h) for h in histories]
-    tokens, item, source = np.zeros((3, len(coded), max(len(t) for t, *_ in coded)), int)
-    item, source = item - 1, source - 1
-    for b, (t, i, history) in enumerate(coded):
-        tokens[b, : len(t)], item[b, : len(i)] = t, i
-        places = [np.arange(cat.first[x], cat.first[x] + len(cat.titles[x])) for x in history]
-        source[b, np.flatnonzero(i > 0)] = np.concatenate(places) if places else []
-    return torch.from_numpy(tokens), torch.from_numpy(item), torch.from_numpy(source)
+    tokens, item = zip(*(cat.prompt(h) for h in histories), strict=True)
+    source = [np.full(len(t), -1) for t in tokens]
+    for own, its_item, history in zip(source, item, histories, strict=True):
+        own[its_item > 0] = np.concatenate([cat.first[i] + np.arange(len(cat.titles[i])) for i in history])
+    return pad(tokens, 0), pad(item, -1), pad(source, -1)
+
+
+def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
+    """Indices in batches of at most budget tokens, padding included, longest texts first: if the memory is too small,
+    the first batch says so."""
+    order, out, a = np.argsort(-np.array(lengths), kind="stable"), [], 0
+    while a < len(order):
+        b = a + max(1, budget // max(1, lengths[order[a]]))
+        out.append(order[a:b])
+        a = b
+    return out

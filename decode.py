@@ -8,23 +8,15 @@ Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data import Trie
-from hatllm import Layout, layout
+from data import Trie, pad
+from hatllm import InputError, Layout, layout
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
-LATE = 1 << 40  # a turn after that of any depth
-
-
-def children(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes."""
-    fan = trie.fan[nodes]
-    row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan)
-    first = torch.cumsum(fan, 0) - fan
-    return row, trie.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
+TITLES = 256  # titles of a user that are scored at a time
+LAST = 1 << 40  # more than any depth
 
 
 def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
@@ -34,21 +26,10 @@ def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
 
 
 def trie_logits(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h (F, d) after the prefixes nodes (F,) -> row, child, logit / tau (M,): columns of tokens that can follow."""
-    row, child = children(trie, nodes)
+    """h (F, d) after the prefixes nodes (F,) -> row, child, logit / tau (M,) of all tokens that can follow."""
+    row, child = trie.children(nodes)
     columns, at = torch.unique(trie.token[child], return_inverse=True)
     return row, child, model.logits(h, columns)[row, at] / tau
-
-
-def trie_nll(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, follow: Tensor, tau: float = 1.0) -> Tensor:
-    """Masked softmax (MSL, SIGIR 2025, eq. 5): -log of the token follow (F,) among those that continue some title."""
-    row, child, z = trie_logits(model, trie, h, nodes, tau)
-    return segment_logsumexp(z, row, len(nodes)) - z[trie.token[child] == follow[row]]
-
-
-def full_nll(model: Llama, h: Tensor, follow: Tensor) -> Tensor:
-    """-log of the token follow (F,) among the whole vocabulary, h (F, d)."""
-    return F.cross_entropy(model.logits(h), follow, reduction="none")
 
 
 def best_first(user: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,16 +46,17 @@ class Ranking:
     score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
     exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
     target: Tensor  # (B,) log-probability of the title asked for, NaN where none was
+    fed: Tensor  # (B,) title tokens that the search has read
 
 
 @dataclass
 class Prefixes:
     """Beginnings of titles, F of them."""
 
-    user: Tensor  # (F,) row of the batch
+    user: Tensor  # (F,) prompt of the batch
     node: Tensor  # (F,) trie node
     score: Tensor  # (F,) log-probability
-    turn: Tensor  # (F,) the shortest go first; LATE: after all beams
+    deferred: Tensor  # (F,) bool: a beam had no place for it, or for what it grew from
 
     def __len__(self) -> int:
         return len(self.user)
@@ -86,6 +68,27 @@ class Prefixes:
         return Prefixes(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
+@dataclass
+class SearchState:
+    """What the model has read: B rows, one a prompt that is still searched for."""
+
+    user: Tensor  # (B,) which prompt of the batch a row is, ascending
+    item: Tensor  # (B, T) of the prompt, as in hatllm.Layout
+    length: Tensor  # (B,) tokens of the prompt
+    title: Tensor  # (B,) the number of the title to come, as an item
+    nodes: Tensor  # (B, n) trie node of every token read since, -1 where a row has none
+    cache: Cache
+
+    def keep(self, user: Tensor):
+        """Lets go of the other rows once half of them are done: a step costs each row as much as the busiest one."""
+        user = torch.unique(user)
+        if 2 * len(user) <= len(self.user):
+            at = torch.searchsorted(self.user, user)
+            for name in ("user", "item", "length", "title", "nodes"):
+                setattr(self, name, getattr(self, name)[at])
+            self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
+
+
 class Decoder:
     """Titles after a prompt, under one of two scores:
 
@@ -95,39 +98,42 @@ class Decoder:
     """
 
     def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
-        self.model, self.trie, self.full, self.states = model, trie.to(model.head.device), score == "full", None
+        self.model, self.trie, self.full = model, trie.to(model.head.device), score == "full"
         self.tau = 1.0 if self.full else tau  # full: without a temperature, as Hugging Face decodes
+        self.states = None  # (tokens of all titles, d) after the IN-closed layers, once `remember` was called
+        kinds = [*model.plan[:-1], "end"]  # the last layer is run for all: it picks the rows
+        self.closed = next(i for i, kind in enumerate(kinds) if kind != "IN-closed")  # leading IN-closed layers
 
     @torch.inference_mode()
-    def remember(self, titles: list[Tensor]):
-        """With leading IN-closed layers a title's states after them depend on the title alone: computes them once, so
-        that `prefill` runs the items of all users through the other layers only. Equal to 1e-4 in fp32."""
-        kinds = self.model.plan[:-1] + ["end"]  # the last layer is run for all: it picks the rows
-        self.closed = next(i for i, kind in enumerate(kinds) if kind != "IN-closed")
+    def remember(self, titles: list):
+        """The item cache. Under leading IN-closed layers a title's states depend on the title alone: computes them
+        once, so that `prefill` runs the items of all users through the other layers only. Equal to 1e-4 in fp32."""
         if not self.closed:
             return
         size = torch.tensor([len(t) for t in titles])
-        self.states = self.model.head.new_empty(int(size.sum()), self.model.config.hidden_size)
         first = size.cumsum(0) - size
-        for part in torch.argsort(size, stable=True).split(64):
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(titles[i]) for i in part], True)
-            own = torch.arange(tokens.shape[1]) < size[part, None]
-            tokens, item = tokens.to(self.states.device), torch.where(own, 1, -1).to(self.states.device)
+        self.states = self.model.head.new_empty(int(size.sum()), self.model.config.hidden_size)
+        for some in torch.argsort(size, stable=True).split(64):
+            tokens = pad([titles[i] for i in some], 0).to(self.states.device)
+            at = pad([first[i] + torch.arange(size[i]) for i in some], -1).to(self.states.device)
+            item = torch.where(at >= 0, 1, -1)
             x = self.model.blocks(self.model.embed_tokens(tokens), layout(item), last=self.closed)
-            at = (first[part, None] + torch.arange(tokens.shape[1]))[own]
-            self.states[at.to(x.device)] = x[own.to(x.device)]
+            self.states[at[at >= 0]] = x[at >= 0]
 
-    def prefill(self, tokens: Tensor, item: Tensor, source: Tensor | None = None) -> Tensor:
-        """The prompts (B, T), right-padded, once -> (B, d) where the title begins. source (B, T): where a title's token
-        stands among all titles' tokens, one title after the other; -1 for context."""
-        self.item, self.length, self.title = item, (item >= 0).sum(1), item.amax(1) + 1  # title: its number as an item
-        self.users = torch.arange(len(item), device=item.device)  # rows of the batch that are not done
-        self.fed = 0  # title tokens since, of all users
-        self.slots = item.new_empty(len(item), 0)  # trie node of every token fed since, -1 where a row has none
-        self.cache = Cache(self.model.config, *item.shape, self.model.head)
-        last = torch.arange(len(item), device=item.device) * item.shape[1] + self.length - 1
+    def prefill(self, tokens: Tensor, item: Tensor, source: Tensor | None = None) -> tuple[SearchState, Tensor]:
+        """Reads the prompts (B, T), right-padded, once -> the state, and h (B, d) where the title begins.
+        source (B, T): where a title's token stands among the tokens of all titles; -1 for context."""
+        at, length = torch.arange(len(item), device=item.device), (item >= 0).sum(1)
+        cache = Cache(self.model.config, *item.shape, self.model.head)
+        state = SearchState(at, item, length, item.amax(1) + 1, item.new_empty(len(item), 0), cache)
+        rows = at * item.shape[1] + length - 1
         if self.states is None or source is None:
-            return self.model(tokens, layout(item), self.cache, rows=last)
+            return state, self.model(tokens, layout(item), cache, rows)
+        x = self.after_closed_layers(tokens, item, source)
+        return state, self.model.norm(self.model.blocks(x, layout(item), cache, first=self.closed, rows=rows))
+
+    def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:
+        """(B, T, d) after the IN-closed layers: the titles' from the item cache, the context's computed here."""
         x = self.states[source.clamp(min=0)]
         n = (item == 0).sum(1, keepdim=True)
         at = torch.argsort((item != 0).int(), dim=1, stable=True)[:, : int(n.max())]  # the context, packed
@@ -136,25 +142,23 @@ class Decoder:
         packed.pos = at
         y = self.model.blocks(self.model.embed_tokens(tokens.gather(1, at)), packed, last=self.closed)
         x[torch.nonzero(own)[:, 0], at[own]] = y[own]
-        h = self.model.blocks(x, layout(item), self.cache, first=self.closed, rows=last)
-        return self.model.norm(h)
+        return x
 
-    def feed(self, nodes: Tensor) -> Tensor:
-        """nodes (B, Q), -1 for none -> (F, d), one row after the other. A node sees the prompt and its ancestors in the
-        trie, once fed: every prefix is computed once, the prompt's keys and values serve all of them, and no cache is
-        ever reordered."""
+    def feed(self, state: SearchState, nodes: Tensor) -> Tensor:
+        """Reads nodes (B, Q), -1 for none -> (F, d), one row after the other. A node sees the prompt and those of its
+        ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and values serve all
+        of them, and no cache is ever reordered."""
         trie, Q = self.trie, nodes.shape[1]
-        self.slots = torch.cat((self.slots, nodes), 1)
-        q, k = nodes[:, :, None], self.slots[:, None, :]
+        state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
+        q, k = nodes[:, :, None], state.nodes[:, None, :]
         above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
-        above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)
+        above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)  # (B, Q, n) is k an ancestor of q, or q itself?
         above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
-        sees = torch.cat(((self.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)
-        item = torch.cat((self.item, torch.where(self.slots >= 0, self.title[:, None], -1)), 1)
-        pos = self.length[:, None] + trie.depth[nodes] - 1
+        sees = torch.cat(((state.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
+        item = torch.cat((state.item, torch.where(state.nodes >= 0, state.title[:, None], -1)), 1)  # (B, T + n)
+        pos = state.length[:, None] + trie.depth[nodes] - 1
         rows = torch.nonzero(nodes.flatten() >= 0).flatten()
-        self.fed += len(rows)
-        return self.model(trie.token[nodes], Layout(item, pos, sees), self.cache, rows)
+        return self.model(trie.token[nodes], Layout(item, pos, sees), state.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
@@ -163,146 +167,130 @@ class Decoder:
             total = torch.cat([self.model.logits(part).logsumexp(-1) for part in h.split(ROWS)])
         else:
             total = segment_logsumexp(z, row, len(nodes))
+        if not total.isfinite().all():
+            raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
         return row, child, z - total[row]
 
-    def keep(self, user: Tensor):
-        """Lets go of the others once half of the batch is done: a step costs as much as its busiest user, for each."""
-        users = torch.unique(user)
-        if 2 * len(users) > len(self.users):
-            return
-        at = torch.searchsorted(self.users, users)
-        for name in ("users", "item", "length", "title", "slots"):
-            setattr(self, name, getattr(self, name)[at])
-        self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
-
-    def advance(self, p: Prefixes) -> tuple[Tensor, Prefixes]:
-        """Feeds the prefixes p, sorted by user, and what follows on the way to where titles part -> h (F, d) there, the
-        prefixes there. full: p alone, for what follows is certain in the trie, but not in the vocabulary."""
-        trie = self.trie
-        goal = p.node if self.full else trie.stop[p.node]
-        n = trie.depth[goal] - trie.depth[p.node] + 1  # tokens to feed
-        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-        flat = torch.arange(len(row), device=n.device)
-        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
-        user = torch.searchsorted(self.users, p.user[row])
-        column = flat - torch.searchsorted(user, user)
-        grid = goal.new_full((len(self.users), int(column.max()) + 1), -1)
-        grid[user, column] = trie.path_node[path]
-        return self.feed(grid)[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.turn)
+    # --- The K best titles ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def search(
-        self,
-        tokens: Tensor,
-        item: Tensor,
-        k: int = 10,
-        beam: int = 20,
-        exact: bool = True,
-        limit: int = 1024,
-        source: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> Ranking:
-        """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `beam` best
-        of them, on to where their titles part (full scores: by a token): a beam search.
-        What it leaves over is dropped, or (exact) waits until all beams are done and then goes on best first, as far as
-        it can still enter the top k; Ranking.exact tells for whom nothing can. limit: once the title tokens of every
-        step's busiest user add up to so many, what is left over is dropped. source: see prefill. target (B,): titles
-        whose score is wanted, wherever they rank; none: NaN."""
-        trie, B = self.trie, len(item)
-        h, users = self.prefill(tokens, item, source), torch.arange(B, device=item.device)
-        own = h.new_full((B,), torch.nan) if target is None else self.score_after(h, target[:, None])[:, 0]
-        front = Prefixes(users, 0 * users, torch.zeros(B, device=item.device), 0 * users)
-        done, wait, dropped = front[:0], front[:0], torch.full((B,), -torch.inf, device=item.device)
-        while True:
-            new = self.grow(front, h)
-            over = (trie.fan[new.node] if self.full else trie.leaves[new.node] - 1) == 0
-            done = done + new[over]
-            order, rank = best_first(done.user, done.score)
-            done, rank = done[order[rank < k]], rank[rank < k]
-            worst = torch.full_like(dropped, -torch.inf)  # the score to beat: of the k-th, where there is one
-            worst[done.user[rank == k - 1]] = done.score[rank == k - 1]
-            wait = wait + new[~over]
-            wait = wait[wait.score > worst[wait.user]]
-            if self.slots.shape[1] >= limit:
-                late = wait[wait.turn == LATE]
-                dropped.scatter_reduce_(0, late.user, late.score, "amax")
-                wait = wait[wait.turn < LATE]
-            front, wait, left = self.choose(wait, beam, B)
-            if exact:
-                wait = wait + left
-            else:
-                dropped.scatter_reduce_(0, left.user, left.score, "amax")
-            if not len(front):
-                break
-            self.keep(torch.cat((front.user, wait.user)))
-            h, front = self.advance(front)
-        leaf, score = torch.full((B, k), -1, device=item.device), torch.full((B, k), -torch.inf, device=item.device)
-        leaf[done.user, rank], score[done.user, rank] = trie.leaf[done.node], done.score
-        return Ranking(leaf, score, dropped <= score[:, -1], own)
+    def search(self, tokens: Tensor, item: Tensor, k=10, width=20, limit=1024, source=None, target=None) -> Ranking:
+        """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `width` best
+        of them, on to where their titles part (full scores: by a token): a beam search. What overflows the beam waits
+        until the beam is done, and then goes on best first, as far as it can still enter the top k.
+
+        limit: once a user's title tokens are so many, what waits is dropped, so 0 is a plain beam search; Ranking.exact
+        tells for whom it mattered. source: see prefill. target (B,): titles whose score is wanted."""
+        B, device = len(item), item.device
+        state, h = self.prefill(tokens, item, source)
+        own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target[:, None])[:, 0]
+        root = torch.zeros(B, dtype=torch.long, device=device)
+        beam = Prefixes(torch.arange(B, device=device), root, root.float(), root.bool())
+        finished, waiting = beam[:0], beam[:0]
+        dropped = torch.full((B,), -torch.inf, device=device)  # the best score that was given up
+        fed = root.clone()
+        while len(beam):
+            grown = self.grow(beam, h)
+            whole = (self.trie.fan[grown.node] == 0) if self.full else (self.trie.leaves[grown.node] == 1)
+            finished, to_beat = best(finished + grown[whole], k, B)
+            waiting = waiting + grown[~whole]
+            waiting = waiting[waiting.score > to_beat[waiting.user]]
+            lost = waiting.deferred & (fed[waiting.user] >= limit)
+            dropped = dropped.scatter_reduce(0, waiting.user[lost], waiting.score[lost], "amax")
+            waiting = waiting[~lost]
+            beam, waiting, overflow = choose(waiting, self.trie.depth[waiting.node], width, B)
+            overflow.deferred = torch.ones_like(overflow.deferred)
+            waiting = waiting + overflow
+            if len(beam):
+                state.keep(torch.cat((beam.user, waiting.user)))
+                h, beam, n = self.advance(state, beam)
+                fed = fed.index_add(0, beam.user, n)
+        order, rank = best_first(finished.user, finished.score)
+        finished = finished[order]
+        leaf, score = torch.full((B, k), -1, device=device), torch.full((B, k), -torch.inf, device=device)
+        leaf[finished.user, rank], score[finished.user, rank] = self.trie.leaf[finished.node], finished.score
+        return Ranking(leaf, score, dropped <= score[:, -1], own, fed)
 
     def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
-        """All that may follow the prefixes p, h (F, d) after them."""
+        """All that may follow the prefixes p by one token, h (F, d) after them."""
         row, child, logp = self.expand(h, p.node)
-        turn = torch.where(p.turn[row] == LATE, LATE, self.trie.depth[child])
-        return Prefixes(p.user[row], child, p.score[row] + logp, turn)
+        return Prefixes(p.user[row], child, p.score[row] + logp, p.deferred[row])
 
-    @staticmethod
-    def choose(p: Prefixes, beam: int, B: int) -> tuple[Prefixes, Prefixes, Prefixes]:
-        """Of every user's prefixes whose turn is next, the `beam` best; those whose turn has not come; what is left
-        over of those whose turn it was, which come late from now on: once nobody's beam goes on."""
-        turn = torch.full((B,), LATE, device=p.user.device).scatter_reduce(0, p.user, p.turn, "amin")
-        next_ = (p.turn == turn[p.user]) & ((p.turn < LATE) | (p.turn == LATE).all())
-        rest, p = p[~next_], p[next_]
-        order, rank = best_first(p.user, p.score)
-        left = p[order[rank >= beam]]
-        left.turn = torch.full_like(left.turn, LATE)
-        return p[order[rank < beam]], rest, left
+    def advance(self, state: SearchState, p: Prefixes) -> tuple[Tensor, Prefixes, Tensor]:
+        """Reads the prefixes p, sorted by user, and what follows on the way to where their titles part -> h (F, d)
+        there, the prefixes there, and how many tokens each took (F,). full: p alone, for what follows is certain in the
+        trie, but not in the vocabulary."""
+        trie = self.trie
+        goal = p.node if self.full else trie.stop[p.node]
+        n = trie.depth[goal] - trie.depth[p.node] + 1  # (F,) tokens to read
+        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)  # prefix of every token
+        flat = torch.arange(len(row), device=n.device)
+        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
+        user = torch.searchsorted(state.user, p.user[row])
+        column = flat - torch.searchsorted(user, user)
+        grid = goal.new_full((len(state.user), int(column.max()) + 1), -1)
+        grid[user, column] = trie.path_node[path]
+        h = self.feed(state, grid)[n.cumsum(0) - 1]
+        return h, Prefixes(p.user, goal, p.score, p.deferred), n
+
+    # --- The score of given titles ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
         """Exact log-probabilities (B, n) of the titles leaves (B, n)."""
-        return self.score_after(self.prefill(tokens, item), leaves)
+        state, h = self.prefill(tokens, item)
+        order = leaves.argsort(1)  # titles that begin alike stand side by side: what they share is read once
+        parts = [self.score_after(state, h, some) for some in leaves.gather(1, order).split(TITLES, 1)]
+        return torch.cat(parts, 1).gather(1, order.argsort(1))
 
-    def score_after(self, h: Tensor, leaves: Tensor) -> Tensor:
-        """score, right after prefill with its h (B, d): all prefixes of a user's titles in one tree. What it feeds is
-        forgotten, so that a search can follow."""
+    def score_after(self, state: SearchState, h: Tensor, leaves: Tensor) -> Tensor:
+        """score, right after prefill: all prefixes of a user's titles in one tree. What it reads is forgotten, so that
+        a search can follow."""
         trie, (B, n) = self.trie, leaves.shape
         size = (trie.start[leaves + 1] - trie.start[leaves]).flatten()
-        pair = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)
+        title = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)  # of every node on a path
         first = trie.start[leaves].flatten() - (size.cumsum(0) - size)
-        user, node = pair // n, trie.path_node[first[pair] + torch.arange(len(pair), device=leaves.device)]
-        need = (trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)
-        # depth first: a subtree is a run of columns, and whole subtrees of the root can be fed one after the other
-        deep = int(trie.depth.max()) + 1
-        key = torch.unique((user[need] * trie.n_leaves + trie.leaf[node[need]]) * deep + trie.depth[node[need]])
-        u, leaf, depth = key // deep // trie.n_leaves, key // deep % trie.n_leaves, key % deep
-        column = torch.arange(len(key), device=key.device) - torch.searchsorted(u, u)
-        grid = leaves.new_full((B, int(column.max()) + 1 if len(key) else 0), -1)
-        grid[u, column] = trie.path_node[trie.start[leaf] + depth - 1]
-        # the edges on the titles' paths alone: B rows of all edges would not fit where the catalogue is large
-        asked, at = torch.unique(user * trie.n_nodes + node, return_inverse=True)
-        edge = torch.zeros(len(asked), device=leaves.device)
+        node = trie.path_node[first[title] + torch.arange(len(title), device=leaves.device)]
+        edge = title // n * trie.n_nodes + node  # (user, node): the last step of a path to the node
+        # those on the titles' paths alone: B rows of all edges could be too many
+        asked, at = torch.unique(edge, return_inverse=True)
+        logp = torch.zeros(len(asked), device=leaves.device)
 
-        def note(h: Tensor, user: Tensor, nodes: Tensor):
-            row, child, logp = self.expand(h, nodes)
-            found = user[row] * trie.n_nodes + child
-            place = torch.searchsorted(asked, found).clamp(max=len(asked) - 1)
-            hit = asked[place] == found
-            edge[place[hit]] = logp[hit]
+        def note(user: Tensor, nodes: Tensor, h: Tensor):
+            row, child, found = self.expand(h, nodes)
+            place = torch.searchsorted(asked, user[row] * trie.n_nodes + child).clamp(max=len(asked) - 1)
+            hit = asked[place] == user[row] * trie.n_nodes + child
+            logp[place[hit]] = found[hit]
 
         users = torch.arange(B, device=leaves.device)
-        note(h, users, 0 * users)
-        for part in self.subtrees(grid):
-            b, c = torch.nonzero(part >= 0, as_tuple=True)
-            note(self.feed(part), b, part[b, c])
-            self.slots, self.cache.n = self.slots[:, :0], self.item.shape[1]
-        return torch.zeros(B * n, device=edge.device).index_add(0, pair, edge[at]).view(B, n)
+        note(users, 0 * users, h)
+        # a node is read where more than one token may follow; its children's probabilities are not known without
+        read = torch.unique(edge[(trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)])
+        if len(read):
+            user, nodes = read // trie.n_nodes, read % trie.n_nodes
+            column = torch.arange(len(read), device=read.device) - torch.searchsorted(user, user)
+            grid = nodes.new_full((B, int(column.max()) + 1), -1)
+            grid[user, column] = nodes
+            note(user, nodes, self.feed(state, grid))
+            state.nodes, state.cache.n = state.nodes[:, :0], state.item.shape[1]
+        return torch.zeros(B * n, device=h.device).index_add(0, title, logp[at]).view(B, n)
 
-    def subtrees(self, grid: Tensor) -> list[Tensor]:
-        """Cuts grid (B, N) of nodes, depth first, into parts of about ROWS columns, where all users begin a subtree."""
-        cuts = torch.nonzero(((grid < 0) | (self.trie.depth[grid] == 1)).all(0)).flatten().tolist() + [grid.shape[1]]
-        parts, a = [], 0
-        for cut, next_cut in zip(cuts, cuts[1:], strict=False):
-            if next_cut - a > ROWS and cut > a:
-                parts, a = [*parts, grid[:, a:cut]], cut
-        return [*parts, grid[:, a:]] if grid.shape[1] else []
+
+def best(p: Prefixes, k: int, B: int) -> tuple[Prefixes, Tensor]:
+    """Every user's k best, and the score to beat (B,): of the k-th, -inf where there are fewer."""
+    order, rank = best_first(p.user, p.score)
+    p, rank = p[order[rank < k]], rank[rank < k]
+    to_beat = torch.full((B,), -torch.inf, device=p.user.device)
+    to_beat[p.user[rank == k - 1]] = p.score[rank == k - 1]
+    return p, to_beat
+
+
+def choose(p: Prefixes, depth: Tensor, width: int, B: int) -> tuple[Prefixes, Prefixes, Prefixes]:
+    """p, depth (F,) -> a user's beam: the `width` best of its shortest prefixes, or of its deferred ones where there
+    are no others; those whose turn has not come; and those of this turn that the beam has no place for."""
+    turn = torch.where(p.deferred, LAST, depth)
+    first = torch.full((B,), LAST, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
+    now = turn == first[p.user]
+    rest, p = p[~now], p[now]
+    order, rank = best_first(p.user, p.score)
+    return p[order[rank < width]], rest, p[order[rank >= width]]

@@ -1,39 +1,50 @@
 """From a trained model to recommendations and numbers.
 
-python eval.py --out out/beauty                                  # HR, NDCG on the test split, beside popularity
-python eval.py --out out/beauty --recommend "title a" "title b"  # what comes next for a history typed by hand
+    python eval.py --out out/beauty                                  # HR, NDCG on the test split, beside popularity
+    python eval.py --out out/beauty --recommend "title a" "title b"  # what comes next for a history typed by hand
+
+Metrics are functions of where the target stands: `before` items score higher, `ties` score equally high, the target
+among them. N windows.
 """
 
+import argparse
+import copy
 import difflib
+import hashlib
 import json
+import math
+import os
+import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a shared machine that is 3 times faster
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 import data
-import model as llama
-from common import DTYPES, World, choose, device_and_dtype, newest, parse_flags, run, write_json
-from data import Catalogue, Dataset, Windows
+from data import Catalogue, Dataset, Window
 from decode import Decoder
 from hatllm import InputError
-from model import Llama
+from model import Llama, adapters, load, load_lora, merge_lora, read_json, write_json
 
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
-SEEN = ((0, 4), (5, 19), (20, 10**9))  # slices of the report: how often the target occurs in training
+NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
+CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
+SEEN = ((0, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
+PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: pure functions of where the target stands
+# --- Metrics --------------------------------------------------------------------------------------------------------
 
 
 def hits(before: np.ndarray, ties: np.ndarray, k: int) -> np.ndarray:
-    """HR@k (N,): before (N,) items score higher than the target, ties (N,) equally high, the target among them; the
-    expectation over the orders in which the tied may stand."""
+    """HR@k (N,), the expectation over the orders in which the tied may stand."""
     return np.clip(k - before, 0, ties) / ties
 
 
@@ -45,135 +56,115 @@ def gains(before: np.ndarray, ties: np.ndarray, k: int) -> np.ndarray:
 
 def metrics(before: np.ndarray, ties: np.ndarray) -> dict[str, float]:
     """before = inf for a target that is not listed."""
-    table = {f"HR@{k}": hits(before, ties, k) for k in KS} | {f"NDCG@{k}": gains(before, ties, k) for k in KS}
-    return {name: float(values.mean()) for name, values in table.items()} if len(before) else dict.fromkeys(table, 0.0)
-
-
-def place(score: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """score (N, items), target (N,) -> before, ties."""
-    own = np.take_along_axis(score, target[:, None], 1)
-    return (score > own).sum(1), (score == own).sum(1)
-
-
-def popularity(d: Dataset, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """The baseline that recommends to all what occurs most often in training: before, ties (N,)."""
-    c = d.counts
-    return (c > c[windows.target, None]).sum(1), (c == c[windows.target, None]).sum(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A split through the decoder
-
-
-def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
-    """Indices in batches of at most budget tokens, padding included, longest texts first: if the memory is too small,
-    the first batch says so."""
-    order, out, a = np.argsort(-np.array(lengths), kind="stable"), [], 0
-    while a < len(order):
-        b = a + max(1, budget // max(1, lengths[order[a]]))
-        out.append(order[a:b])
-        a = b
-    return out
-
-
-def recommend(
-    decoder: Decoder, cat: Catalogue, histories: list, flags: "Flags", targets: list[int] | None = None
-) -> list[dict]:
-    """The items of the k best titles for every history, as predictions.jsonl has them; with targets also the nll of
-    each, -log p of its title. A title that several items bear lists all of them. exclude_history leaves out what is in
-    it. A batch that is too large for the memory is halved."""
-    device, n = decoder.model.head.device, flags.k + data.HISTORY * flags.exclude_history
-    try:
-        tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
-        own = cat.trie.leaf_of_item[torch.tensor(targets)].to(device) if targets else None
-        limit = flags.patience or 1 << 40
-        ranking = decoder.search(tokens, item, min(n, cat.trie.n_leaves), flags.beam, flags.exact, limit, source, own)
-    except torch.OutOfMemoryError:
-        if len(histories) == 1:
-            raise InputError(
-                "one user alone does not fit into the memory; lower --beam or use a smaller model"
-            ) from None
-        torch.cuda.empty_cache()
-        half = len(histories) // 2
-        first, second = (
-            recommend(decoder, cat, histories[at], flags, targets and targets[at])
-            for at in (slice(half), slice(half, None))
-        )
-        return first + second
-    out = []
-    columns = (x.tolist() for x in vars(ranking).values())
-    for history, leaves, scores, sure, logp in zip(histories, *columns, strict=True):
-        seen = set(history) if flags.exclude_history else set()
-        groups = [
-            ([i for i in cat.bearers[x] if i not in seen], s) for x, s in zip(leaves, scores, strict=True) if x >= 0
-        ]
-        groups = [g for g in groups if g[0]][: flags.k]
-        out.append({"items": [g for g, _ in groups], "scores": [s for _, s in groups], "exact": sure})
-        out[-1] |= {"nll": -logp} if targets else {}
-    return out
+    values = [measure(before, ties, k) for measure in (hits, gains) for k in KS]
+    return {name: float(v.mean()) if len(v) else 0.0 for name, v in zip(NAMES, values, strict=True)}
 
 
 def positions(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """before, ties (N,) of the targets in predictions: the metrics are a function of that file alone."""
     before, ties = np.full(len(predictions), np.inf), np.ones(len(predictions))
     for n, p in enumerate(predictions):
-        sizes = [len(g) for g in p["items"]]
-        for g, group in enumerate(p["items"]):
-            if p["target"] in group:
-                same = [s == p["scores"][g] for s in p["scores"]]
-                before[n] = sum(sizes[: same.index(True)])
-                ties[n] = sum(size for size, tied in zip(sizes, same, strict=True) if tied)
+        own = next((s for items, s in zip(p["items"], p["scores"], strict=True) if p["target"] in items), None)
+        if own is not None:
+            before[n] = sum(len(items) for items, s in zip(p["items"], p["scores"], strict=True) if s > own)
+            ties[n] = sum(len(items) for items, s in zip(p["items"], p["scores"], strict=True) if s == own)
     return before, ties
 
 
-def evaluate(decoder: Decoder, cat: Catalogue, windows: Windows, flags: "Flags") -> list[dict]:
-    """A prediction per window, in the order of windows: user, history, target, and what `recommend` found."""
-    histories = windows.histories()
-    tree = 4 * flags.beam  # columns for the title tokens, so that the budget bounds the memory
-    todo = batches([len(cat.prompt(h)[0]) + tree for h in histories], flags.tokens)
-    predictions = [None] * len(windows)
-    with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
-        for at in todo:
-            found = recommend(decoder, cat, [histories[i] for i in at], flags, windows.target[at].tolist())
-            for i, p in zip(at, found, strict=True):
-                own = {"user": int(windows.user[i]), "history": histories[i], "target": int(windows.target[i])}
-                predictions[i] = own | p
-            bar.update(len(at))
-    return predictions
+def popularity(d: Dataset, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """before, ties (N,) under the baseline that recommends to all what occurs most often in training."""
+    own, ascending = d.counts[[w.target for w in windows]], np.sort(d.counts)
+    below, not_above = (np.searchsorted(ascending, own, side) for side in ("left", "right"))
+    return len(ascending) - not_above, not_above - below
 
 
-def report(d: Dataset, windows: Windows, before: np.ndarray, ties: np.ndarray) -> dict:
+def report(d: Dataset, windows: list[Window], before: np.ndarray, ties: np.ndarray) -> dict:
     """Metrics of all windows and of slices: how often the target occurs in training, how long the history is."""
-    seen, length = d.counts[windows.target], (windows.history >= 0).sum(1)
-    slices = {f"target seen {a}-{b} times".replace("-1000000000", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
+    seen, length = d.counts[[w.target for w in windows]], np.array([len(w.history) for w in windows])
+    slices = {f"target seen {a}-{b} times".replace("-inf", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
     slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
     slices = {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
     return {"n": len(before)} | metrics(before, ties) | {"slices": slices}
 
 
 def table(rows: dict[str, dict]) -> str:
-    """name -> metrics, as lines."""
-    names = [f"{m}@{k}" for m in ("HR", "NDCG") for k in KS]
-    wide = max(map(len, rows)) + 2
-    lines = [" " * wide + "".join(f"{n:>9}" for n in names)]
-    return "\n".join(lines + [f"{name:<{wide}}" + "".join(f"{r[n]:9.4f}" for n in names) for name, r in rows.items()])
+    """name -> metrics, as lines; the number of windows where it is known."""
+    names = {name: f"{name} ({r['n']:,})" if "n" in r else name for name, r in rows.items()}
+    wide = max(map(len, names.values())) + 2
+    lines = [" " * wide + "".join(f"{n:>9}" for n in NAMES)]
+    return "\n".join(lines + [f"{names[x]:<{wide}}" + "".join(f"{r[n]:9.4f}" for n in NAMES) for x, r in rows.items()])
 
 
-def against(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, budget: int) -> np.ndarray:
+# --- Windows through the decoder ------------------------------------------------------------------------------------
+
+
+def out_of_memory(e: RuntimeError) -> bool:
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+
+
+def recommend(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int] | None = None) -> list[dict]:
+    """The items of the k best titles for every history; with targets also the nll of each, -log p of its title. A title
+    that several items bear lists all of them. A batch that is too large for the memory is halved."""
+    try:
+        return search(decoder, cat, histories, args, targets)
+    except RuntimeError as e:
+        if not out_of_memory(e) or len(histories) == 1:
+            raise
+    torch.cuda.empty_cache()  # after the except block: its traceback kept the failed tensors
+    half = len(histories) // 2
+    parts = slice(half), slice(half, None)
+    return [p for at in parts for p in recommend(decoder, cat, histories[at], args, targets and targets[at])]
+
+
+def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int] | None) -> list[dict]:
+    device, k = decoder.model.head.device, args.k + data.HISTORY * args.exclude_history
+    tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
+    target = cat.trie.leaf_of_item[targets].to(device) if targets else None
+    k = min(k, cat.trie.n_leaves)
+    ranking = decoder.search(tokens, item, k, args.beam, PATIENCE, source, target)
+    out = []
+    columns = (x.tolist() for x in (ranking.leaf, ranking.score, ranking.exact, ranking.target))
+    for history, leaves, scores, exact, logp in zip(histories, *columns, strict=True):
+        hidden = set(history) if args.exclude_history else set()
+        items = [[i for i in cat.bearers[leaf] if i not in hidden] if leaf >= 0 else [] for leaf in leaves]
+        found = [(group, score) for group, score in zip(items, scores, strict=True) if group][: args.k]
+        out.append({"items": [g for g, _ in found], "scores": [s for _, s in found], "exact": exact, "nll": -logp})
+    return out
+
+
+def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window], args) -> list[dict]:
+    """A line of predictions.jsonl for every window, in their order: the files' own user and item ids, and titles."""
+    room = 4 * args.beam  # columns for the title tokens, so that the budget bounds the memory
+    todo = data.batches([len(cat.prompt(w.history)[0]) + room for w in windows], args.tokens)
+    predictions = [None] * len(windows)
+    with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
+        for at in todo:
+            some = [windows[i] for i in at]
+            found = recommend(decoder, cat, [w.history for w in some], args, [w.target for w in some])
+            for i, w, p in zip(at, some, found, strict=True):
+                own = {"user": w.user, "history": [d.ids[x] for x in w.history], "target": d.ids[w.target]}
+                titles = [d.titles[group[0]] for group in p["items"]]
+                items = [[d.ids[x] for x in group] for group in p["items"]]
+                predictions[i] = own | p | {"items": items, "titles": titles}
+            bar.update(len(at))
+    return predictions
+
+
+def against(decoder: Decoder, cat: Catalogue, windows: list[Window], negatives: int, budget: int) -> np.ndarray:
     """(N, 3): per window, the target against so many other titles, drawn without replacement and by the window's user
     and target alone: AUC, the share of them that score below it, a tie counts half; before, ties: the items that score
     higher, and equally high, itself among them. All titles where there are no more: the full ranking."""
-    trie, device = cat.trie, decoder.model.head.device
-    histories, size = windows.histories(), torch.tensor([len(x) for x in cat.bearers])
-    n = min(negatives, trie.n_leaves - 1)
-    todo = batches([len(cat.prompt(h)[0]) + 4 * n for h in histories], budget)
+    trie, device, size = cat.trie, decoder.model.head.device, torch.tensor([len(x) for x in cat.bearers])
+    n = max(1, min(negatives, trie.n_leaves - 1))
+    todo = data.batches([len(cat.prompt(w.history)[0]) + 4 * n for w in windows], budget)
     result = np.zeros((len(windows), 3))
     for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
-        own = trie.leaf_of_item[torch.from_numpy(windows.target[at])][:, None]
-        rngs = [np.random.default_rng((windows.user[i], windows.target[i])) for i in at]
+        some = [windows[i] for i in at]
+        own = trie.leaf_of_item[[w.target for w in some]][:, None]
+        rngs = [np.random.default_rng([*w.user.encode(), w.target]) for w in some]
         others = torch.from_numpy(np.stack([rng.choice(trie.n_leaves - 1, n, replace=False) for rng in rngs]))
         leaves = torch.cat((own, others + (others >= own)), 1)  # skips the target
-        tokens, item, _ = data.collate_prompts(cat, [histories[i] for i in at])
+        tokens, item, _ = data.collate_prompts(cat, [w.history for w in some])
         score = decoder.score(tokens.to(device), item.to(device), leaves.to(device)).cpu()
         more, same = score > score[:, :1], score == score[:, :1]
         won = 1 - (more.sum(1) + (same.sum(1) - 1) / 2) / n
@@ -181,133 +172,301 @@ def against(decoder: Decoder, cat: Catalogue, windows: Windows, negatives: int, 
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# --- A run of train.py ----------------------------------------------------------------------------------------------
 
 
-def load_data(out: Path, c: dict) -> Dataset:
+def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dtype]:
+    """auto: bfloat16 where the hardware multiplies it faster; for the small model from scratch on a GPU only."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        has = {} if device.type == "cuda" or scratch else torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
+
+
+def frozen(model: Llama, dtype: torch.dtype) -> Llama:
+    """What is evaluated: adapters merged, weights in dtype. Validation and test so compute alike."""
+    if model.head.dtype != dtype or adapters(model):
+        model = merge_lora(copy.deepcopy(model)).to(dtype)
+    return model.eval()
+
+
+def newest(out: Path, kind: str) -> Path | None:
+    """out/KIND-000123 with the highest number; it was renamed to that name when complete."""
+    found = [p for p in out.glob("*") if CHECKPOINT.fullmatch(p.name) and p.name.startswith(kind)]
+    return max(found, key=lambda p: int(p.name[len(kind) + 1 :]), default=None)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Of a base's weights: what is trained on them belongs to them alone."""
+    h = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with open(file, "rb") as f:
+            h.update(hashlib.file_digest(f, "sha256").digest())
+    return h.hexdigest()[:16]
+
+
+def read_run(out: Path) -> dict:
+    """config.json of a run of train.py."""
+    if not (out / "config.json").exists():
+        raise InputError(f"--out {out}: no run of train.py is there")
+    c = read_json(out / "config.json")
+    if not {"digest", "constants"} <= c.keys():
+        raise InputError(f"--out {out}: no run of today's train.py; a model's folder is given to train.py as --model")
+    return c
+
+
+def locate(out: Path, flag: str, given: str, stored: str, proof: str) -> Path:
+    """A folder that a run needs: given by a flag, or where it was, or beside the run, which may have been moved."""
+    name, out = Path(stored).name, out.resolve()
+    places = [Path(given)] if given else [Path(stored), out / name, out.parent / name]
+    for place in places:
+        if any(place.glob(f"{proof}*")):
+            return place
+    raise InputError(f"{out} needs {proof} in {' or '.join(map(str, places))}; give its folder with --{flag}")
+
+
+def load_data(out: Path, c: dict, given: str = "") -> Dataset:
     """The data of the run in out, whose config is c."""
-    d = data.load(c["data"], c["data_dir"], c["split"], c["core"])
-    if d.digest() != c["digest"]:
-        raise InputError(f"{c['data']} is not the data that {out} was trained on: its files have changed since")
+    d = data.load(locate(out, "data", given, c["data_folder"], "items.tsv"), c["split"], c["core"])
+    if d.digest != c["digest"]:
+        raise InputError(f"{d.folder} is not the data that {out} was trained on: its files differ")
     return d
 
 
-def load_run(out: Path, dtype: str = "auto") -> tuple[Llama, Catalogue, Dataset, dict]:
+def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Catalogue, Dataset, dict]:
     """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
-    try:
-        c = json.loads((out / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise InputError(f"--out {out}: no run of train.py is there ({e})") from None
-    device, dtype = device_and_dtype(dtype, c["model"])
-    d = load_data(out, c)
-    best = newest(out, "best")
+    out = Path(out)
+    c = read_run(out)
+    for name in ("PROMPT", "HISTORY"):
+        value = c["constants"][name]
+        if value != json.loads(json.dumps(getattr(data, name))):
+            raise InputError(f"{out} was trained with {name} = {value!r}; put that back into data.py to evaluate it")
+    d, best = load_data(out, c, data_folder), newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
+    device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
-        m = llama.merge_lora(llama.load_lora(llama.load(Path(c["base"]), c["plan"]), best))
+        base = locate(out, "base", base_folder, c["base"], "config.json")
+        if fingerprint(base) != c["base_digest"]:
+            raise InputError(f"{base} is not the base that {out} was trained on: its weights differ")
+        model = load_lora(load(base, c["plan"], dtype), best)
     else:
-        m = llama.load(best, c["plan"])
-    cat = Catalogue(d.titles, data.read_tokenizer(best), m.config.eos_token_id)
-    return m.to(device, dtype).eval(), cat, d, c
+        model = load(best, dtype=dtype)
+    model = frozen(model, dtype).to(device)
+    return model, Catalogue(d.titles, data.read_tokenizer(best), model.config), d, c
 
 
 def make_decoder(model: Llama, cat: Catalogue, config: dict, score: str = "trie") -> Decoder:
     """With the temperature that the model was trained at."""
-    return Decoder(model, cat.trie, score, config["tau"] if config["loss"] == "msl" else 1.0)
+    return Decoder(model, cat.trie, score, config["constants"]["TAU"] if config["loss"] == "msl" else 1.0)
 
 
-def look_up(titles: tuple[str, ...], d: Dataset) -> list[int]:
+# --- Programs: flags, processes, errors -----------------------------------------------------------------------------
+
+
+class World:
+    """One process of torchrun's, or the only one."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise InputError("WORLD_SIZE is set, but RANK and others are not: start several processes with torchrun")
+        if self.size > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def gather(self, values: list) -> list:
+        """The lists of all processes, in turn: the inverse of values[rank::size]."""
+        if self.size == 1:
+            return values
+        parts = [None] * self.size
+        dist.all_gather_object(parts, values)
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def sum_(self, tensors: list[Tensor]):
+        """Sums every tensor over the processes, in place and in one message."""
+        if self.size > 1:
+            flat = torch.cat([t.flatten().float() for t in tensors])
+            dist.all_reduce(flat)
+            for t, s in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(s.view_as(t))
+
+    def any(self, asked: bool) -> bool:
+        return any(self.gather([asked]))
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def lead_first(self, f):
+        """f() in the first process, then in the others: what it fetches is there for them."""
+        found = f() if self.rank == 0 else None
+        self.barrier()
+        return f() if self.rank else found
+
+
+def number(kind: type, least: float, most: float = 2**31):
+    """A flag's type: a number in [least, most]."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number "
+                                             f"from {least} to {most}")  # fmt: skip
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str]):
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], vars(args), 1)
+        raise InputError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
+    return args
+
+
+def run(main):
+    """Calls main with the command line; what the user can mend, a full disk included, is a sentence, no traceback."""
+    try:
+        done = main(sys.argv[1:])
+        sys.stdout.flush()
+        return done
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit("error: the memory is full; --tokens with less needs less and changes no result; a run of train.py "
+                 "goes on with --resume")  # fmt: skip
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- The command line -----------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = Parser(__doc__)
+    add, whole = p.add_argument, number(int, 1)
+    add("--out", default="out", help="folder of a run that train.py wrote")
+    add("--data", default="", help="its data set's folder, if that has moved")
+    add("--base", default="", help="its pretrained model's folder, if that has moved")
+    add("--split", default="test", choices=("test", "valid"), help="which windows (default: %(default)s)")
+    add("--k", type=whole, default=10, help="how many titles are ranked and written per user (default: %(default)s)")
+    add("--beam", type=whole, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
+    add("--score", default="trie", choices=("trie", "full"),
+        help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
+    add("--exclude_history", action="store_true", help="never recommend what the history holds")
+    add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
+    add("--auc", type=number(int, 0), default=0,
+        help="also the AUC against so many random titles; as many as there are: every target's exact rank")  # fmt: skip
+    add("--tokens", type=whole, default=16384, help="in a batch: less needs less memory (default: %(default)s)")
+    add("--recommend", nargs="+", metavar="TITLE", help="a history, oldest first: print what comes next")
+    return p
+
+
+DEFAULTS = make_parser().parse_args([])
+
+
+def look_up(titles: list[str], d: Dataset) -> list[int]:
     """Titles typed by hand -> items; a title that no item bears gets the nearest ones named."""
     index = {t.lower(): i for i, t in reversed(list(enumerate(d.titles)))}
     for t in titles:
         if t.lower() not in index:
             near = [d.titles[index[n]] for n in difflib.get_close_matches(t.lower(), index, 3, 0.4)]
             near = near or [x for x in d.titles if t.lower() in x.lower()][:3]
-            raise InputError(
-                f'no item is called "{t}"; '
-                + ("near: " + ", ".join(f'"{n}"' for n in near) if near else "none is near")
-            )
+            near = "near: " + ", ".join(f'"{n}"' for n in near) if near else "none is near"
+            raise InputError(f'no item is called "{t}"; {near}')
     return [index[t.lower()] for t in titles][-data.HISTORY :]
 
 
-@dataclass
-class Flags:
-    out: str = ""  # folder of a run that train.py wrote
-    split: str = "test"  # which windows: test or valid
-    k: int = 10  # how many titles are ranked and written per user
-    beam: int = 20  # prefixes of a user that advance in one step
-    exact: bool = True  # keep what a step leaves over, so that the top k is exact; false: a plain beam search
-    patience: int = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: never
-    score: str = "trie"  # trie: renormalised over what may follow; full: over the whole vocabulary
-    exclude_history: bool = False  # never recommend what the history holds
-    limit: int = 0  # evaluate the first so many windows only; 0: all
-    tokens: int = 16384  # tokens in a batch: less needs less memory
-    auc: int = 0  # also the AUC of the target against so many random titles; as many as there are: its exact rank
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is faster; tiny: on a GPU only
-    recommend: tuple = ()  # titles of a history, oldest first: print what comes next
+def print_recommendations(decoder: Decoder, cat: Catalogue, d: Dataset, args):
+    history = look_up(args.recommend, d)
+    (found,) = recommend(decoder, cat, [history], args)
+    print(f"after {' | '.join(d.titles[i] for i in history)}\n{'score':>9}  item    title")
+    for group, score in zip(found["items"], found["scores"], strict=True):
+        print(f"{score:9.3f}  {','.join(d.ids[i] for i in group):<7} {d.titles[group[0]]}")
 
 
-def main(argv: list[str]):
-    flags = parse_flags(Flags, argv, __doc__)
-    for name, known in (("split", ("test", "valid")), ("score", ("trie", "full")), ("dtype", DTYPES)):
-        choose(name, getattr(flags, name), known)
-    for name in ("k", "beam", "tokens"):
-        if getattr(flags, name) <= 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(flags, name)}")
-    for name in ("limit", "auc", "patience"):
-        if getattr(flags, name) < 0:
-            raise InputError(f"--{name} must not be below 0, but is {getattr(flags, name)}")
-    if flags.k < KS[-1] and not flags.recommend:
-        raise InputError(f"--k {flags.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
-    out, world = Path(flags.out or "out"), World()
-    model, cat, d, config = load_run(out, flags.dtype)
-    decoder = make_decoder(model, cat, config, flags.score)
-    if flags.recommend:
-        history = look_up(flags.recommend, d)
-        (r,) = recommend(decoder, cat, [history], flags)
-        print(f"after {' | '.join(d.titles[i] for i in history)}\n{'score':>9}  item    title")
-        for group, score in zip(r["items"], r["scores"], strict=True):
-            print(f"{score:9.3f}  {','.join(d.ids[i] for i in group):<7} {d.titles[group[0]]}")
-        return
-    if world.rank == 0:
-        print(d.summary())
-    test(decoder, cat, d, flags, out, world)
-
-
-def test(decoder: Decoder, cat: Catalogue, d: Dataset, flags: Flags, out: Path, world: World):
+def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: World, base_source: str = ""):
     """The table on the screen, out/results-SPLIT.json and out/predictions-SPLIT.jsonl; each process does its share."""
     decoder.remember(cat.titles)
-    windows, start = getattr(d, flags.split)[: flags.limit or None], time.time()
+    windows, start = getattr(d, args.split)[: args.limit or None], time.time()
     mine = windows[world.rank :: world.size]
-    predictions = world.gather(evaluate(decoder, cat, mine, flags))
+    predictions = world.gather(predict(decoder, cat, d, mine, args))
     speed = len(windows) / (time.time() - start)
-    ranked = world.gather(against(decoder, cat, mine, flags.auc, flags.tokens).tolist()) if flags.auc else []
+    ranked = world.gather(against(decoder, cat, mine, args.auc, args.tokens).tolist()) if args.auc else []
     if world.rank:
         return
     result = report(d, windows, *positions(predictions))
-    result |= {k: float(np.mean([p[k] for p in predictions])) for k in ("nll", "exact")} | {"users/s": speed}
+    result |= {name: float(np.mean([p[name] for p in predictions])) for name in ("nll", "exact")} | {"users/s": speed}
     rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
     if ranked:
         won, before, ties = np.array(ranked).T
         result["auc"] = float(won.mean())
-        if flags.auc >= cat.trie.n_leaves - 1:  # all titles
+        if args.auc >= cat.trie.n_leaves - 1:  # all titles
             rows["model, full ranking"] = result["full ranking"] = metrics(before, ties)
-            predictions = [
-                p | {"before": int(b), "ties": int(t)} for p, b, t in zip(predictions, before, ties, strict=True)
-            ]
-    print(f"{flags.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items, {flags.score} scores"
-          + (", items of the history excluded (not for popularity)" if flags.exclude_history else ""))  # fmt: skip
+            ranks = [{"before": int(b), "ties": int(t)} for b, t in zip(before, ties, strict=True)]
+            predictions = [p | rank for p, rank in zip(predictions, ranks, strict=True)]
+    name = f"{args.split}{tag(args)}"
+    write_json(out / f"predictions-{name}.jsonl", predictions)
+    saved = {"model": result, "popularity": rows["popularity"], "flags": vars(args), "base": base_source}
+    write_json(out / f"results-{name}.json", saved)
+    print(f"{args.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items"
+          + (", items of the history excluded (not for popularity)" if args.exclude_history else ""))  # fmt: skip
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
-    if ranked:
-        print(f"AUC against {min(flags.auc, cat.trie.n_leaves - 1)} random titles: {result['auc']:.4f}")
-    print(
-        f"{result['nll']:.4f} nats per item; top {flags.k} exact for {result['exact']:.1%} of the users; "
-        f"{speed:.1f} users/s; {out}/results-{flags.split}.json"
-    )
-    write_json(out / f"predictions-{flags.split}.jsonl", predictions)
-    result = {"model": result, "popularity": rows["popularity"], "flags": vars(flags)}
-    write_json(out / f"results-{flags.split}.json", result)
+    explain(result, args, out / f"results-{name}.json", base_source)
+
+
+def tag(args) -> str:
+    """What differs from the defaults, as a part of a file name: other settings never overwrite a full result."""
+    names = [x for x in ("limit", "k", "beam", "score", "exclude_history", "auc") if vars(args)[x] != vars(DEFAULTS)[x]]
+    return "".join(f"-{name}{vars(args)[name]}" for name in names)
+
+
+def explain(result: dict, args, path: Path, base_source: str):
+    """The terms of the table's last lines."""
+    if "auc" in result:
+        print(f"AUC {result['auc']:.4f}: the share of other titles that score below the target")
+    over = "tokens that continue a title" if args.score == "trie" else "whole vocabulary"
+    print(f"{result['nll']:.4f} nats per item: -log p of the target's title, over the {over} ({args.score} scores)")
+    print(f"exact for {result['exact']:.1%} of the users: certainly no better title than the {args.k} listed")
+    print(f"{result['users/s']:.1f} users/s{base_source and '; base: ' + base_source}; written to {path}")
+
+
+def main(argv: list[str]):
+    args = parse_flags(make_parser(), argv)
+    if args.k < KS[-1] and not args.recommend:
+        raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
+    world, out = World(), Path(args.out)
+    model, cat, d, config = load_run(out, args.data, args.base)
+    decoder = make_decoder(model, cat, config, args.score)
+    if args.recommend:
+        return print_recommendations(decoder, cat, d, args)
+    if world.rank == 0:
+        print(d.summary())
+    test(decoder, cat, d, args, out, world, config["base_source"])
 
 
 if __name__ == "__main__":

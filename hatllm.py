@@ -13,9 +13,8 @@ Each layer is of one kind, and a *plan* names the kinds from the first layer to 
 All-OR is the plain LLM. `python hatllm.py` draws the masks of a small example.
 """
 
-import sys
+import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -30,29 +29,37 @@ PLAN = "IN:1/4 OR CR:1/4"  # the default: 8 + 14 + 8 of 30 layers, 2 + 2 + 2 of 
 
 
 def parse_plan(text: str, n_layers: int) -> list[str]:
-    """'IN:8 OR:14 CR:8' -> the kind of every layer. A count may be a fraction of the depth (halves round up), and one
-    kind may stand without a count: it takes what is left. Raises InputError if the plan does not fit n_layers."""
-    runs, rest = [], None
+    """'IN:8 OR:14 CR:8' -> the kind of every layer, first to last. A count may be a fraction of the depth (halves round
+    up). One kind may stand without a count and takes what is left. Raises InputError if the plan does not fit."""
+    kinds, sizes = [], []
     for part in text.split():
-        kind, colon, count = part.partition(":")
+        kind, _, count = part.partition(":")
         if kind not in KINDS:
             raise InputError(f"plan '{text}': unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
-        try:
-            size = Fraction(count) if colon else Fraction(0)
-        except (ValueError, ZeroDivisionError):
-            size = Fraction(-1)
-        if size < 0 or (size.denominator > 1 and size >= 1) or (not colon and rest is not None):
+        kinds.append(kind)
+        sizes.append(parse_count(count, n_layers) if ":" in part else None)
+        if sizes[-1] == -1 or sizes.count(None) > 1:
             raise InputError(
-                f"plan '{text}': '{part}' needs a count like {kind}:8 or {kind}:1/4 (one kind may go without)"
+                f"plan '{text}': '{part}' needs a count like {kind}:8 or {kind}:1/4; one kind may go without"
             )
-        rest = rest if colon else len(runs)
-        runs.append([kind, int(size if size.denominator == 1 else size * n_layers + Fraction(1, 2))])
-    total = sum(n for _, n in runs)
-    if rest is not None and total <= n_layers:
-        runs[rest][1] = n_layers - total
-    if not runs or sum(n for _, n in runs) != n_layers:
-        raise InputError(f"plan '{text}' covers {total} layers, but the model has {n_layers}; try '{PLAN}'")
-    return [kind for kind, n in runs for _ in range(n)]
+    counted = sum(size for size in sizes if size is not None)
+    if counted > n_layers or (counted < n_layers and None not in sizes):
+        raise InputError(f"plan '{text}' covers {counted} layers, but the model has {n_layers}; try '{PLAN}'")
+    plan = []
+    for kind, size in zip(kinds, sizes, strict=True):
+        plan += [kind] * (n_layers - counted if size is None else size)
+    return plan
+
+
+def parse_count(text: str, n_layers: int) -> int:
+    """'8' -> 8, '1/4' -> a quarter of the layers; -1 if it is neither."""
+    whole = re.fullmatch(r"\d{1,9}", text)
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if whole:
+        return int(text)
+    if part and 0 < int(part[2]) and int(part[1]) <= int(part[2]):
+        return int(n_layers * int(part[1]) / int(part[2]) + 0.5)
+    return -1
 
 
 @dataclass
@@ -73,10 +80,12 @@ class Layout:
 
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, G * Tq, T) the same as the paper's M, 0 or -inf, for G heads one after the other."""
-        if (kind, dtype) not in self.masks:
-            M = torch.zeros_like(seen := self.mask(kind), dtype=dtype).masked_fill_(~seen, -torch.inf)
-            self.masks[kind, dtype] = M.repeat(1, 1, G, 1)
-        return self.masks[kind, dtype]
+        key = kind, G, dtype
+        if key not in self.masks:
+            seen = self.mask(kind)
+            M = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self.masks[key] = M.repeat(1, 1, G, 1)
+        return self.masks[key]
 
 
 def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
@@ -87,17 +96,15 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     """
     q, k = item[:, -sees.shape[1] :, None], item[:, None, :]
     both_items, same = (q > 0) & (k > 0), q == k
-    at = torch.arange(item.shape[1], device=item.device)
-    itself = at[-sees.shape[1] :, None] == at
     if kind == "OR":
         return sees
     if kind == "IN":
         return sees & (~both_items | same)
     if kind == "IN-closed":
         return sees & same
-    if kind == "CR":
-        return sees & (~(both_items & same) | itself)
-    raise InputError(f"unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
+    at = torch.arange(item.shape[1], device=item.device)  # CR
+    itself = at[-sees.shape[1] :, None] == at
+    return sees & (~(both_items & same) | itself)
 
 
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None) -> Layout:
@@ -119,31 +126,26 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
     return Layout(item, pos, sees)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python hatllm.py: the masks of a small example
+# --- python hatllm.py: the masks of a small example -----------------------------------------------------------------
 
 
-def draw(kinds=("IN", "OR", "CR"), words=("Bought:", "red", "pen", ",", "ink", "well", ".", "Next:", "paper", "clip"),
-         item=(0, 1, 1, 0, 2, 2, 0, 0, 3, 3), colour: bool = False) -> str:  # fmt: skip
+def draw(kinds=KINDS, words=("Bought:", "red", "pen", ",", "ink", "well", ".", "Next:", "paper", "clip"),
+         item=(0, 1, 1, 0, 2, 2, 0, 0, 3, 3)) -> str:  # fmt: skip
     """The masks side by side, queries down and keys across: # own item, + other item, o context, . hidden."""
     lay = layout(torch.tensor([item]))
-    paint = {"#": "\033[92m", "+": "\033[94m", "o": "\033[90m", ".": "\033[90m"}
     wide = max(map(len, words)) + 1
     lines = [" " * wide + "  ".join(f"{kind:<{len(item)}}" for kind in kinds)]
     for i, word in enumerate(words):
         cells = []
         for kind in kinds:
-            row = ""
-            for j in range(len(item)):
-                c = "o" if not (item[i] and item[j]) else "#" if item[i] == item[j] else "+"
-                c = c if lay.mask(kind)[0, 0, i, j] else "." if j <= i else " "
-                row += f"{paint[c]}{c}\033[0m" if colour and c in paint else c
-            cells.append(row)
+            seen = lay.mask(kind)[0, 0, i].tolist()
+            signs = ["o" if not (item[i] and k) else "#" if item[i] == k else "+" for k in item]
+            cells.append("".join(signs[j] if seen[j] else "." if j <= i else " " for j in range(len(item))))
         lines.append(f"{word:<{wide}}" + "  ".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":
     print(f"plan {PLAN}: the layers of a 6-layer model are {' '.join(parse_plan(PLAN, 6))}\n")
-    print(draw((*KINDS,), colour=sys.stdout.isatty()))
+    print(draw())
     print("\n# own item   + other item   o from or to context   . hidden by the mask")

@@ -7,7 +7,8 @@ LlamaForCausalLM within 1e-5 in fp32 (tests/test_model.py).
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass
+import os
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,63 @@ from torch.utils.checkpoint import checkpoint
 from hatllm import InputError, Layout, parse_plan
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE = ("rope_type", "type", "rope_theta", *LLAMA3)  # what rope_scaling or rope_parameters may hold
+FIXED = dict(  # keys of config.json that would change the computation, and the one value known here
+    hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, rope_interleaved=False,
+    partial_rotary_factor=1.0, pretraining_tp=1,
+)  # fmt: skip
+IGNORED = (  # keys of config.json that change nothing here; any other one must be empty
+    "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype id2label "
+    "initializer_range is_llama_config label2id layer_types max_window_layers model_type output_attentions "
+    "output_hidden_states pad_token_id problem_type return_dict rope_parameters sliding_window torch_dtype "
+    "transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_cache"
+).split()
+
+
+# --- JSON in and out ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, types: dict[str, type] | None = None) -> dict:
+    """A JSON object whose keys in types are of these types. Raises InputError that names the file and the key."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+    check_type(path, "what it holds", found, dict)
+    for key, kind in (types or {}).items():
+        check_type(path, key, found.get(key), kind)
+    return found
+
+
+def check_type(path: Path, key: str, value, kind: type, least: float = -math.inf):
+    """A number must also be finite, at least `least`, and no enormous size. True is no number."""
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (kind in (int, float) and not least <= value < (10**9 if kind is int else math.inf)):
+        raise InputError(f"{path}: {key} is {value!r:.60}, but a {kind.__name__} is needed")
+
+
+def refuse_unknown(path: Path, found: dict, known):
+    """A key that is not known may change what the file means, so its value must be empty."""
+    for key, value in found.items():
+        if key not in known and value not in (None, False, 0, "", [], {}):
+            raise InputError(
+                f"{path}: {key} is {value!r:.60}, which is not known here; remove it if it changes nothing"
+            )
+
+
+def write_json(path: Path, value):
+    """Whole or not at all. A list is written line by line."""
+    text = "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value, indent=1)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({e})") from e
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,6 +90,7 @@ class Config:
     num_attention_heads: int  # H
     num_key_value_heads: int  # H / G
     vocab_size: int
+    eos_token_id: int
     head_dim: int = 0  # D; 0 means hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -39,101 +98,77 @@ class Config:
     tie_word_embeddings: bool = True
     qkv_bias: bool = False  # Qwen2 has a bias on q, k, v
     max_position_embeddings: int = 2048
-    eos_token_id: int = 0
+    hatllm_plan: str = "OR"  # the plan it was trained with; transformers ignores it
 
     def __post_init__(self):
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(1, self.num_attention_heads))
 
     @staticmethod
     def read(path: Path) -> "Config":
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
-        try:
-            c = json.loads(Path(path).read_text())
-            if not isinstance(c, dict):
-                raise ValueError("it holds no JSON object")
-        except (OSError, ValueError) as e:
-            raise InputError(
-                f"{path}: cannot be read as a model's config ({e}); a Hugging Face folder has one"
-            ) from None
-        qwen = c.get("model_type") == "qwen2"
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # transformers 5 | 4
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        allowed = {
-            "model_type": (c.get("model_type", "llama"), ("llama", "qwen2")),
-            "hidden_act": (c.get("hidden_act", "silu"), ("silu",)),
-            "rope_type": (kind, ("default", "llama3")),
-            "attention_bias": (c.get("attention_bias", False), (False,)),
-            "mlp_bias": (c.get("mlp_bias", False), (False,)),
-            "use_sliding_window": (c.get("use_sliding_window", False), (False,)),
-        }
-        for key, (value, known) in allowed.items():
-            if value not in known:
-                raise InputError(
-                    f"{path}: {key} is {value!r}, but only {', '.join(map(repr, known))} is supported here"
-                )
-        if kind == "llama3" and (lacking := [k for k in LLAMA3 if k not in rope]):
-            raise InputError(f"{path}: rope scaling 'llama3' lacks {', '.join(lacking)}")
-        eos = c.get("eos_token_id")
-        own = {k: c[k] for k in Config.__dataclass_fields__ if c.get(k) is not None}
-        own |= {
-            "num_key_value_heads": c.get("num_key_value_heads") or c.get("num_attention_heads"),
-            "rope_theta": float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            "rope_scaling": rope if kind == "llama3" else None,
-            "tie_word_embeddings": c.get("tie_word_embeddings", False),
-            "qkv_bias": qwen,
-            "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
-        }
-        needed = [k for k, field in Config.__dataclass_fields__.items() if field.default is MISSING] + ["eos_token_id"]
-        if missing := [k for k in needed if own.get(k) is None]:
-            raise InputError(f"{path}: key {', '.join(missing)} is missing")
-        return Config(**own)
+        found, fields = read_json(path), Config.__dataclass_fields__
+        refuse_unknown(path, found, {*fields, *FIXED, *IGNORED} - {"qkv_bias"})
+        kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
+        for key, value in (FIXED | {"model_type": "qwen2" if kind == "qwen2" else "llama"}).items():
+            if found.get(key, value) != value:
+                raise InputError(f"{path}: {key} is {found[key]!r:.60}, but only {value!r} is known here")
+        own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
+        own |= {key: found[key] for key in fields if found.get(key) is not None}
+        own |= read_rope(path, found) | {"qkv_bias": kind == "qwen2"}
+        own["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+        for key, field in fields.items():
+            if key != "rope_scaling" and (key in own or field.default is MISSING):
+                check_type(path, key, own.get(key), field.type, 0 if key == "eos_token_id" else 1e-12)
+        c = Config(**own)
+        heads, layers = (c.num_attention_heads, c.num_key_value_heads), c.num_hidden_layers
+        if heads[0] % heads[1] or c.head_dim % 2 or layers > 1000 or c.eos_token_id >= c.vocab_size:
+            raise InputError(f"{path}: no Llama has {layers} layers, {heads} heads of {c.head_dim}, a vocabulary of "
+                             f"{c.vocab_size} with end token {c.eos_token_id}")  # fmt: skip
+        return c
 
     def to_json(self) -> dict:
-        c = {k: v for k, v in asdict(self).items() if k not in ("qkv_bias", "rope_scaling")}
-        c["model_type"], c["architectures"] = (
-            ("qwen2", ["Qwen2ForCausalLM"]) if self.qkv_bias else ("llama", ["LlamaForCausalLM"])
-        )
-        return c | {"hidden_act": "silu", "rope_scaling": self.rope_scaling}
+        c = {k: v for k, v in asdict(self).items() if k != "qkv_bias"}
+        name, kind = ("Qwen2ForCausalLM", "qwen2") if self.qkv_bias else ("LlamaForCausalLM", "llama")
+        return c | {"architectures": [name], "model_type": kind, "hidden_act": "silu"}
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, d: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+def read_rope(path: Path, found: dict) -> dict:
+    """rope_theta and rope_scaling out of config.json as transformers 4 or 5 writes it."""
+    scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
+    check_type(path, "rope_scaling", scaling, dict)
+    refuse_unknown(path, scaling, {*ROPE, "partial_rotary_factor"})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{path}: rope scaling {scaling!r:.200} is not known here, only the types default and llama3")
+    for key in LLAMA3 if kind == "llama3" else ():
+        check_type(path, key, scaling.get(key), float, 1e-12)
+    theta = scaling.get("rope_theta", found.get("rope_theta", 10000.0))
+    check_type(path, "rope_theta", theta, float, 1e-12)
+    return {"rope_theta": float(theta), "rope_scaling": scaling if kind == "llama3" else None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-
-class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021) in the half-split layout of Hugging Face checkpoints."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.c, self.freq = c, None
-
-    def frequencies(self) -> Tensor:
-        """(D/2,) radians per position; llama3 scaling as in transformers' modeling_rope_utils.py."""
-        freq = self.c.rope_theta ** -(torch.arange(0, self.c.head_dim, 2).float() / self.c.head_dim)
-        if (s := self.c.rope_scaling) is not None:
-            turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the original context
-            low, high = s["low_freq_factor"], s["high_freq_factor"]
-            smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched by factor; 1: fast, kept
-            freq = (1 - smooth) * freq / s["factor"] + smooth * freq
+def rope_frequencies(c: Config, device) -> Tensor:
+    """(D/2,) radians per position; llama3 scaling as in transformers' modeling_rope_utils.py."""
+    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
+    if c.rope_scaling is None:
         return freq
-
-    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """pos (B, T) -> cos, sin (B, 1, T, D)."""
-        if self.freq is None or self.freq.device != pos.device:
-            self.freq = self.frequencies().to(pos.device)
-        angle = pos[:, None, :, None].float() * self.freq
-        return torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1)
+    factor, low, high, context = (c.rope_scaling[key] for key in LLAMA3)
+    turns = context * freq / (2 * math.pi)  # over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched by factor; 1: fast, kept
+    return (1 - smooth) * freq / factor + smooth * freq
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rope(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al. 2021): pos (B, T) -> cos, sin (B, 1, T, D), half-split as in Hugging Face's files."""
+    angle = pos[:, None, :, None].float() * rope_frequencies(c, pos.device)
+    return torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1)
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, heads, T, D), turned by its position."""
+    cos, sin = cos_sin
     a, b = x.chunk(2, -1)
-    return (x * rope[0] + torch.cat((-b, a), -1) * rope[1]).to(x.dtype)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
 
 class Cache:
@@ -144,6 +179,7 @@ class Cache:
         self.k, self.v, self.n = like.new_zeros(shape), like.new_zeros(shape), 0  # zeros: a masked NaN is a NaN still
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, Hkv, Tq, D) of the new tokens -> those of all tokens (B, Hkv, T, D)."""
         end = self.n + k.shape[2]
         if end > self.k.shape[3]:
             room = 0, 0, 0, max(end, 2 * self.n) - self.k.shape[3]
@@ -168,15 +204,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, Hkv * self.D, bias=c.qkv_bias)
         self.o_proj = nn.Linear(H * self.D, d, bias=False)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, T, heads * D) -> (B, heads, T, D)
+    def qkv(self, x: Tensor, cos_sin) -> list[Tensor]:
+        """x (B, T, d) -> q, k, v (B, heads, T, D)."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.D)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return [rotate(q, cos_sin), rotate(k, cos_sin), v]
 
-    def qk(self, x: Tensor, rope) -> tuple[Tensor, Tensor]:
-        return rotate(self.heads(self.q_proj(x)), rope), rotate(self.heads(self.k_proj(x)), rope)
-
-    def forward(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores."""
-        (q, k), v = self.qk(x, rope), self.heads(self.v_proj(x))
+        q, k, v = self.qkv(x, cos_sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         B, H, Tq, D = q.shape
@@ -206,41 +241,39 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int, kind: str, dropout: float = 0.0):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)  # of both branches, before they join the residual stream
         self.layer, self.kind, self.G = layer, kind, c.num_attention_heads // c.num_key_value_heads
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.dropout = nn.Dropout(dropout)  # of both branches, before they join the residual stream
         self.compiled = self.compute  # train.py --compile replaces it: decoding has too many shapes to be compiled
 
-    def forward(
-        self, x: Tensor, rope, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on."""
         amp = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
         mask = layout.additive_mask(self.kind, self.G, dtype)  # all of HatLLM: what this layer's tokens may look at
         compute = self.compiled if cache is None and torch.is_grad_enabled() else self.compute
-        return compute(x, rope, mask, cache, rows)
+        return compute(x, cos_sin, mask, cache, rows)
 
-    def compute(self, x: Tensor, rope, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer))
+    def compute(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, self.layer))
         x = x if rows is None else x.flatten(0, 1)[rows]
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(nn.Module):
     def __init__(self, c: Config, plan: str = "OR", dropout: float = 0.0):
-        """dropout: on the embeddings and on both branches of every block, for training from scratch."""
+        """plan: see hatllm.py. dropout: on the embeddings and both branches of every block, to train from scratch."""
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.config, self.plan, self.checkpointing = c, parse_plan(plan, c.num_hidden_layers), False
+        self.config, self.plan = replace(c, hatllm_plan=plan), parse_plan(plan, c.num_hidden_layers)
+        self.checkpointing = False  # recompute every block in the backward pass: less memory, a third more time
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.rope = Rope(c)
+        self.dropout = nn.Dropout(dropout)
 
     def init_weights(self) -> "Llama":
         """GPT-2's: N(0, 0.02), the projections into the residual stream less by sqrt(2 * layers)."""
@@ -257,19 +290,11 @@ class Llama(nn.Module):
         needed: the last MLP sees them alone. `logits` is the caller's."""
         return self.norm(self.blocks(self.dropout(self.embed_tokens(tokens)), layout, cache, rows=rows))
 
-    def blocks(
-        self,
-        x: Tensor,
-        layout: Layout,
-        cache: Cache | None = None,
-        first: int = 0,
-        last: int | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def blocks(self, x: Tensor, layout: Layout, cache=None, first=0, last=None, rows=None) -> Tensor:
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
-        rope, Tq = self.rope(layout.pos), x.shape[1]
+        cos_sin, Tq = rope(self.config, layout.pos), x.shape[1]
         for block in self.layers[first:last]:
-            args = x, rope, layout, cache, rows if block is self.layers[-1] else None
+            args = x, cos_sin, layout, cache, rows if block is self.layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -284,76 +309,66 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """x (..., d) -> (..., V) in fp32, or (..., len(columns)) for these tokens only, then computed in fp32: a
-        bfloat16 logit of 16 stands in steps of 1/8, and two titles would tie."""
-        if columns is None:
-            return F.linear(x, self.head).float()
+        """x (..., d) -> (..., V), or (..., len(columns)) for these tokens only. Always computed in fp32: a bfloat16
+        logit of 16 stands in steps of 1/8, and two titles would tie."""
+        head = self.head if columns is None else self.head[columns]
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.head[columns].float())
+            return F.linear(x.float(), head.float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # LoRA (Hu et al. 2021) with the semantics of peft: y = Wx + B A dropout(x) * alpha / r, A Kaiming, B zero, both fp32
 
 
 class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias, self.r, self.alpha, self.merged = base.weight, base.bias, r, alpha, False
-        device = base.weight.device
-        self.lora_A = nn.Linear(
-            base.in_features, r, bias=False, device=device
-        )  # nn.Linear's init is Kaiming, a = sqrt 5
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
+        self.weight, self.bias, self.merged = base.weight, base.bias, False
+        self.r, self.alpha, self.dropout = r, alpha, nn.Dropout(dropout)
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)  # Kaiming, a = sqrt 5
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.merged:
             return y
-        return y + (self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * (self.alpha / self.r)).to(
-            y.dtype
-        )
+        low = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))
+        return y + (self.lora_B(low) * (self.alpha / self.r)).to(y.dtype)
 
     @torch.no_grad()
-    def merge(self, on: bool = True):
-        """Adds B A alpha / r to the weight (or takes it back), once however often it is called."""
-        if on != self.merged:
-            delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r) * (1 if on else -1)
+    def merge(self):
+        """Adds B A alpha / r to the weight, once however often it is called."""
+        if not self.merged:
+            delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r)
             self.weight.data = (self.weight.float() + delta).to(self.weight.dtype)
-            self.merged = on
+            self.merged = True
 
 
-def add_lora(
-    model: Llama, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str = "q_proj,v_proj"
-) -> Llama:
-    """Freezes the model and puts adapters beside the linear layers whose names are in targets."""
+def add_lora(model: Llama, r: int, alpha: float, dropout: float, targets: list[str]) -> Llama:
+    """Freezes the model and puts adapters beside the linear layers of the blocks whose names are in targets."""
     model.requires_grad_(False)
-    names = {t.strip() for t in targets.split(",")}
-    blocks = model.layers  # not lm_head: `logits` reads its weight alone
-    found = [(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in names]
-    if unknown := names - {n.rpartition(".")[2] for n, _ in found}:
-        linear = sorted({n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
-        raise InputError(
-            f"--lora_targets: no block has a linear layer {', '.join(sorted(unknown))}; it has {', '.join(linear)}"
-        )
-    for name, base in found:
-        setattr(
-            blocks.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRALinear(base, r, alpha, dropout)
-        )
+    linear = {name: m for name, m in model.layers.named_modules() if isinstance(m, nn.Linear)}
+    known = {name.rpartition(".")[2] for name in linear}
+    if unknown := set(targets) - known:
+        raise InputError(f"adapters for {', '.join(sorted(unknown))}: a block's layers are {', '.join(sorted(known))}")
+    for name, base in linear.items():
+        parent, _, own = name.rpartition(".")
+        if own in targets:
+            setattr(model.layers.get_submodule(parent), own, LoRALinear(base, r, alpha, dropout))
     return model
 
 
-def merge_lora(model: Llama, on: bool = True) -> Llama:
-    for m in model.modules():
-        if isinstance(m, LoRALinear):
-            m.merge(on)
+def adapters(model: Llama) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merge_lora(model: Llama) -> Llama:
+    for m in adapters(model).values():
+        m.merge()
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights in and out: safetensors under Hugging Face's and peft's names
+# --- Weights in and out: safetensors under Hugging Face's and peft's names ------------------------------------------
 
 
 def hf_name(name: str) -> str | None:
@@ -365,29 +380,28 @@ def peft_name(name: str) -> str | None:
     return "base_model.model.model." + name if "lora_" in name else None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    shards, tensors = ["model.safetensors"], {}
-    try:
-        if not file.exists() and index.exists():
-            file = index
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for file in (folder / s for s in shards):
-            tensors.update(read_safetensors(file))
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise InputError(f"{file}: damaged ({e!r}); fetch the model again") from None
-    return tensors
-
-
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise InputError(f"{file} is missing; a model's folder holds config.json, tokenizer.json and *.safetensors")
     try:
         with safe_open(file, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file}: damaged or not a safetensors file ({e})") from None
+    for name, t in tensors.items():
+        if t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise InputError(f"{file}: tensor {name} is of type {t.dtype}; quantised weights are not supported")
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        shards = read_json(index, {"weight_map": dict})["weight_map"].values()
+        files = [folder / Path(str(name)).name for name in sorted(set(map(str, shards)))]
+    tensors = {k: v for file in files for k, v in read_safetensors(file).items()}
+    return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], rename, where: Path):
@@ -400,63 +414,88 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], rename, where: Path):
     for name, (_, p) in own.items():
         if tensors[name].shape != p.shape:
             raise InputError(f"{where}: tensor {name} has shape {[*tensors[name].shape]}, expected {[*p.shape]}")
+        if not tensors[name].isfinite().all():
+            raise InputError(f"{where}: tensor {name} holds numbers that are not finite")
     model.load_state_dict({own[k][0]: v for k, v in tensors.items()}, strict=False, assign=True)
 
 
-def load(folder: Path, plan: str = "OR", dtype: torch.dtype = torch.float32) -> Llama:
-    """A Hugging Face Llama folder as a Llama with this plan. Memory: that of the weights, since none is initialised."""
+def settle_head(c: Config, tensors: dict[str, Tensor]) -> Config:
+    """What transformers does with a head that is said to be tied but is stored: an equal one is dropped, one that
+    stands alone is the embedding, and a different one is kept."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if not c.tie_word_embeddings or head is None:
+        return c
+    if embedding is not None and not torch.equal(head, embedding):
+        return replace(c, tie_word_embeddings=False)
+    tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+    return c
+
+
+def load(folder: str | Path, plan: str | None = None, dtype: torch.dtype = torch.float32, dropout=0.0) -> Llama:
+    """A Hugging Face Llama folder as a Llama. plan: None takes the one stored by `save`, else OR. Memory: that of the
+    weights, since none is initialised. Raises InputError."""
     folder = Path(folder)
-    c = Config.read(folder / "config.json")
+    c, tensors = Config.read(folder / "config.json"), read_tensors(folder)
     with torch.device("meta"):
-        model = Llama(c, plan)
-    tensors = {k: v.to(dtype) for k, v in read_tensors(folder).items() if not k.endswith("rotary_emb.inv_freq")}
-    if c.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some checkpoints store the tied head as well
-    assign(model, tensors, hf_name, folder)
+        model = Llama(settle_head(c, tensors), plan or c.hatllm_plan, dropout)
+    assign(model, {k: v.to(dtype) for k, v in tensors.items()}, hf_name, folder)
     return model
 
 
-def save(model: Llama, folder: Path):
-    """Writes what transformers' LlamaForCausalLM.from_pretrained reads, adapters merged in."""
-    if unmerged := [m for m in model.modules() if isinstance(m, LoRALinear) and not m.merged]:
+def save(model: Llama, folder: str | Path):
+    """Writes what transformers' LlamaForCausalLM.from_pretrained reads, adapters merged in. transformers knows no
+    masks: it computes the plan OR. `load` reads the plan as well."""
+    if unmerged := [m for m in adapters(model).values() if not m.merged]:
         raise ValueError(f"{len(unmerged)} adapters are not merged and would be lost; merge_lora first, or save_lora")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hf_name(n): p.detach().contiguous() for n, p in model.named_parameters() if hf_name(n)}
-    config = model.config.to_json() | {"torch_dtype": str(model.head.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", model.config.to_json() | {"torch_dtype": dtype})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_lora(model: Llama, folder: Path, base: str = ""):
+def save_lora(model: Llama, folder: str | Path, base: str = ""):
     """Writes what peft's PeftModel.from_pretrained reads: adapter_model.safetensors and adapter_config.json."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    one = next(iter(adapters.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+    own = adapters(model)
+    one = next(iter(own.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
+    config |= {
         "r": one.r,
-        "bias": "none",
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout.p,
+        "hatllm_plan": model.config.hatllm_plan,
     }
-    config |= {"lora_alpha": one.alpha, "lora_dropout": one.dropout.p, "target_modules": sorted(adapters)}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in own})
+    write_json(folder / "adapter_config.json", config)
     tensors = {peft_name(n): p.detach().contiguous() for n, p in model.named_parameters() if peft_name(n)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_lora(model: Llama, folder: Path) -> Llama:
+ADAPTER = {"r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": list}
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+ADAPTER_IGNORED = (  # keys of adapter_config.json that change nothing here; any other one must be empty
+    "auto_mapping base_model_name_or_path hatllm_plan inference_mode megatron_core peft_version qalora_group_size "
+    "revision task_type"
+).split()
+
+
+def load_lora(model: Llama, folder: str | Path) -> Llama:
     """Adds the adapters of a folder that save_lora or peft wrote. Adapters that would change nothing are an error."""
+    path, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    c = read_json(path, ADAPTER)
+    refuse_unknown(path, c, {*ADAPTER, *ADAPTER_IGNORED, *PLAIN})
+    for key, values in PLAIN.items():
+        if c.get(key, values[0]) not in values:
+            raise InputError(f"{path}: {key} is {c[key]!r:.60}, but plain LoRA alone is known here")
+    check_type(path, "r", c["r"], int, 1)
+    check_type(path, "lora_alpha", c["lora_alpha"], float, 1e-12)
     try:
-        c = json.loads((folder / "adapter_config.json").read_text())
-        args = c["r"], c["lora_alpha"], c["lora_dropout"], ",".join(c["target_modules"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise InputError(f"{folder}/adapter_config.json: cannot be read ({e!r})") from None
-    for key in ("use_rslora", "alpha_pattern", "target_modules"):  # another scale, or targets as a regular expression
-        if c.get(key) and not isinstance(c[key], list):
-            raise InputError(f"{folder}/adapter_config.json: {key} is {c[key]!r}, which is not supported here")
-    add_lora(model, *args)
-    file = folder / "adapter_model.safetensors"
+        add_lora(model, c["r"], c["lora_alpha"], c["lora_dropout"], list(map(str, c["target_modules"])))
+    except ValueError as e:  # unknown layers, or a dropout outside [0, 1]
+        raise InputError(f"{path}: {e}") from None
     tensors = read_safetensors(file)
     assign(model, {k: v.to(model.head.device, torch.float32) for k, v in tensors.items()}, peft_name, file)
     if not any(v.any() for k, v in tensors.items() if "lora_B" in k):

@@ -9,6 +9,8 @@ Everything random depends on the seed and the step alone, so a run can stop anyw
 CPU run repeats bit by bit. Shapes as in model.py.
 """
 
+import argparse
+import fcntl
 import json
 import math
 import os
@@ -16,339 +18,285 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a shared machine that is 3 times faster
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-import fetch
-import model as llama
-from common import World, choose, device_and_dtype, newest, parse_flags, run, write_folder, write_json
-from data import Batch, Catalogue, Example, Windows
-from decode import full_nll, trie_nll
+import eval
+from data import Batch, Catalogue, Tokenizer, Trie
+from decode import segment_logsumexp, trie_logits
+from eval import World, newest, number
 from hatllm import PLAN, InputError, layout
-from model import Config, Llama
+from model import Config, Llama, adapters, add_lora, load, read_json, read_safetensors, save, save_lora, write_json
 
-
-@dataclass
-class Flags:
-    # what
-    data: str = "ml-100k"  # data set: ml-100k, beauty, office, books, or the path of a folder
-    data_dir: str = ""  # where data sets lie; else $HATLLM_DATA, else data/, to which presets are fetched
-    split: str = "time"  # time: 8:1:1 by the target's time; loo: leave one out
-    core: int = 5  # keep users and items with at least so many interactions; 0: all
-    targets: str = "auto"  # last: one a window, the published recipe; all: every training item; auto: all for tiny
-    share_history: bool = True  # under targets all, the targets of one history share one forward
-    limit: int = 0  # train on so many examples only, the same for every seed; 0: all
-    model: str = "tiny"  # tiny: from scratch; smollm2-135m; or the path of a Hugging Face Llama folder
-    plan: str = PLAN  # kinds of the layers, first to last: IN, OR, CR, IN-closed; OR alone is the plain LLM
-    # how
-    loss: str = "msl"  # lml: cross-entropy over the vocabulary; msl: over the tokens that continue some title
-    tau: float = 1.0  # temperature of msl
-    dropout: float = 0.0  # tiny: on the embeddings and on both branches of every block
-    lora: int = 8  # rank of the adapters; 0: full fine-tuning, as always for tiny
-    lora_alpha: float = 16  # adapters are scaled by lora_alpha / lora
-    lora_dropout: float = 0.05  # on the input of the adapters
-    lora_targets: str = "q_proj,v_proj"  # linear layers that get adapters
-    lr: float = 0.0  # peak learning rate; 0: 1e-3 from scratch, 1e-4 for full fine-tuning, 3e-4 for LoRA
-    max_steps: int = 1600  # steps of the schedule
-    epochs: float = 0.0  # passes over the training examples, instead of max_steps; 0: max_steps counts
-    batch: int = 16  # examples in a step, whatever the hardware
-    warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
-    weight_decay: float = 0.01  # on matrices
-    clip: float = 1.0  # norm of the gradient at most
-    seed: int = 0  # of the initial weights, the order of the examples, dropout
-    # hardware
-    tokens: int = 0  # in a forward, padding included: less needs less memory; 0: 8192 on a GPU, 2048 on a CPU
-    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is faster; tiny: on a GPU only
-    compile: bool = False  # torch.compile each block
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    # output
-    out: str = ""  # folder of the run; default out/DATA-MODEL
-    eval_every: int = 400  # steps between two validations, each with a checkpoint
-    valid_limit: int = 2000  # windows in a validation, drawn by a fixed seed: with few, the choice of the best is noise
-    test_limit: int = 0  # test windows in the table at the end; 0: all
-    resume: bool = False  # go on from the last checkpoint in the output folder
-    overwrite: bool = False  # replace the output folder
-
-
+# Constants, to be edited; config.json of a run records them all.
+TAU = 1.0  # temperature of the masked softmax
+LORA_ALPHA = 16.0  # adapters are scaled by LORA_ALPHA / rank
+LORA_DROPOUT = 0.05  # on the input of the adapters
+LORA_TARGETS = ["q_proj", "v_proj"]  # linear layers that get adapters
+RATES = {"scratch": 1e-3, "full": 1e-4, "lora": 3e-4}  # peak learning rate
+WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
+BETAS = [0.9, 0.95]  # of AdamW
+WEIGHT_DECAY = 0.01  # on matrices
+CLIP = 1.0  # norm of the gradient at most
+VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
+CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third more time
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, for MFU
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pieces of the loop
+def make_parser() -> argparse.ArgumentParser:
+    p = eval.Parser(__doc__)
+    add, count, share = p.add_argument, number(int, 0), number(float, 0, 0.99)
+    add("--data", default="ml-100k", help="ml-100k, beauty, office, books, or a folder (default: %(default)s)")
+    add("--split", default="time", choices=("time", "loo"), help="8:1:1 by the target's time, or leave one out")
+    add("--core", type=count, default=5, help="keep users and items with so many interactions (default: %(default)s)")
+    add("--targets", default="auto", choices=("auto", "last", "all"),
+        help="last: one a window, as published; all: every training item; auto: all for tiny")  # fmt: skip
+    add("--limit", type=count, default=0, help="train on so many examples only, the same for every seed; 0: all")
+    add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
+    add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
+    add("--dropout", type=share, default=0.0, help="on the embeddings and both branches of a block (default: 0)")
+    add("--lora", type=count, default=8, help="rank of the adapters; 0: full fine-tuning (default: %(default)s)")
+    add("--loss", default="msl", choices=("msl", "lml"),
+        help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
+    add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
+    add("--max_steps", type=number(int, 1), default=1600, help="steps of the schedule (default: %(default)s)")
+    add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
+    add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
+    add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
+    add("--tokens", type=count, default=0, help="in a forward: less needs less memory; 0: 8192 on a GPU, 2048 on a CPU")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--eval_every", type=number(int, 1), default=400, help="steps between two validations, each with a checkpoint")
+    add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
+    add("--out", default="", help="folder of the run; default: out/ and what differs from the defaults")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add("--overwrite", action="store_true", help="replace the output folder")
+    return p
 
 
-def build(f: Flags, titles: list[str], device: torch.device, dtype: torch.dtype) -> tuple[Llama, data.Tokenizer, str]:
-    """The model to be trained, on device; its tokenizer; the folder of its base ('' from scratch)."""
-    torch.manual_seed(f.seed)
-    if f.model == "tiny":
+def resolve(args):
+    """Fills in the defaults that depend on the model and on the machine."""
+    if not args.out:
+        named = ("split", "core", "targets", "limit", "plan", "dropout", "lora", "loss", "seed")
+        usual = make_parser().parse_args([])
+        other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
+        more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
+        args.out = "-".join([f"out/{Path(args.data).name}", Path(args.model).name, *more])
+    scratch = args.model == "tiny"
+    args.lora = 0 if scratch else args.lora
+    args.targets = args.targets if args.targets != "auto" else "all" if scratch else "last"
+    args.tokens = args.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length
+    args.lr = args.lr or RATES["scratch" if scratch else "lora" if args.lora else "full"]
+    return args
+
+
+def slug(value) -> str:
+    """A flag's value as a part of a file name: 'IN:1/4 OR' -> 'IN1of4_OR'."""
+    return "_".join(str(value).split()).replace(":", "").replace("/", "of")
+
+
+# --- The losses -----------------------------------------------------------------------------------------------------
+
+
+def trie_nll(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, follow: Tensor) -> Tensor:
+    """Masked softmax (MSL, SIGIR 2025, eq. 5): -log of the token follow (R,) among those that continue some title,
+    after the prefixes nodes (R,) with h (R, d)."""
+    row, child, z = trie_logits(model, trie, h, nodes, TAU)
+    return segment_logsumexp(z, row, len(nodes)) - z[trie.token[child] == follow[row]]
+
+
+def full_nll(model: Llama, h: Tensor, follow: Tensor) -> Tensor:
+    """-log of the token follow (R,) among the whole vocabulary, h (R, d)."""
+    return F.cross_entropy(F.linear(h, model.head).float(), follow, reduction="none")
+
+
+# --- What a run is made of ------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What a run is made of: data, model, examples, optimizer, and where they compute."""
+
+    def __init__(self, args):
+        self.args, self.out, self.world = args, Path(args.out).resolve(), World()
+        self.device, self.dtype = eval.device_and_dtype(args.dtype, args.model == "tiny")
+        self.d = self.world.lead_first(lambda: data.load(args.data, args.split, args.core))
+        made = self.world.lead_first(lambda: build(args, self.d.titles, self.device, self.dtype))
+        self.model, self.tokenizer, self.base = made
+        self.model.checkpointing = CHECKPOINTING
+        for block in self.model.layers if args.compile else ():
+            block.compiled = torch.compile(block.compute, dynamic=True)
+        self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config)
+        self.trie = self.cat.trie.to(self.device)
+        self.pool = data.examples(self.d, args.targets)
+        if args.limit:
+            self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
+        if not self.pool:
+            raise InputError(f"{self.d.summary()}: no user has two training items, so there is nothing to learn from")
+        self.per_epoch = math.ceil(len(self.pool) / args.batch)
+        self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
+        groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
+        self.config = make_config(self)
+
+
+def build(args, titles: list[str], device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:
+    """The model to be trained, on device; its tokenizer; the folder of its base, '' from scratch."""
+    torch.manual_seed(args.seed)
+    if args.model == "tiny":
         tokenizer = data.train_tokenizer(titles)
-        model = Llama(Config(**TINY, vocab_size=tokenizer.get_vocab_size()), f.plan, f.dropout).init_weights()
-        return model.to(device), tokenizer, ""
-    root = Path(os.environ.get("HATLLM_WEIGHTS", "weights"))
-    folder = next((p for p in (Path(f.model), root / f.model) if (p / "config.json").exists()), None)
-    if folder is None:
-        choose("model", f.model, ("tiny", "smollm2-135m", "the path of a folder with config.json"))
-        folder = fetch.weights(f.model, root)
+        c = Config(**TINY, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
+        return Llama(c, args.plan, args.dropout).init_weights().to(device), tokenizer, ""
+    folder = find_model(args.model)
     # frozen weights can be stored in half precision; what is trained stays in single
-    model = llama.load(folder, f.plan, dtype if f.lora else torch.float32).to(device)
-    if f.lora:
-        llama.add_lora(model, f.lora, f.lora_alpha, f.lora_dropout, f.lora_targets).to(device)
-    return model, data.read_tokenizer(folder), str(folder)
+    model = load(folder, args.plan, dtype if args.lora else torch.float32, args.dropout).to(device)
+    if args.lora:
+        add_lora(model, args.lora, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS).to(device)
+    return model, data.read_tokenizer(folder), str(folder.resolve())
 
 
-def micro_batches(coded: list[dict], budget: int) -> list[Batch]:
-    """Forwards of at most budget tokens, longest first; the sum of their losses is the loss of all."""
-    return [
-        data.collate([coded[i] for i in at]) for at in evaluation.batches([len(c["tokens"]) for c in coded], budget)
-    ]
+def find_model(name: str) -> Path:
+    """A model's folder: a path, else NAME in $HATLLM_WEIGHTS or weights/, to which smollm2-135m is fetched."""
+    root = Path(os.environ.get("HATLLM_WEIGHTS", "weights"))
+    for folder in (Path(name), root / name):
+        if (folder / "config.json").exists():
+            return folder
+    if name == "smollm2-135m":
+        from extras import fetch
+
+        return fetch.weights(name, root)
+    raise InputError(f"--model {name}: no config.json in {name} or {root / name}; known by name: tiny, smollm2-135m")
 
 
-def step_examples(pool: list[Example], step: int, f: Flags) -> np.ndarray:
-    """The indices of a step's examples: every epoch is a permutation of its own, cut into steps."""
-    per_epoch = math.ceil(len(pool) / f.batch)
-    order = np.random.default_rng((f.seed, step // per_epoch)).permutation(len(pool))
-    return order[step % per_epoch * f.batch :][: f.batch]
+def make_config(r: Run) -> dict:
+    """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
+    named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
+    constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
+    for name in ("PLAN", "PRESETS", "TIMES", "MOMENTS"):  # another value trains no other model
+        del constants[name]
+    source = Path(r.base) / "source.json"
+    origin = read_json(source, {"holds": str})["holds"] if r.base and source.exists() else r.base
+    return vars(r.args) | {
+        "constants": json.loads(json.dumps(constants)),
+        "data_folder": str(r.d.folder.resolve()),
+        "digest": r.d.digest,
+        "base": r.base,
+        "base_source": origin,
+        "base_digest": eval.fingerprint(r.base),
+    }
 
 
-def learning_rate(step: int, total: int, f: Flags) -> float:
+# --- The loop -------------------------------------------------------------------------------------------------------
+
+
+def get_batch(r: Run, step: int) -> tuple[list[Batch], int]:
+    """This process's forwards of a step, and the number of target tokens of all processes. Every epoch is a permutation
+    of its own, cut into steps."""
+    order = np.random.default_rng((r.args.seed, step // r.per_epoch)).permutation(len(r.pool))
+    chosen = [r.pool[i] for i in order[step % r.per_epoch * r.args.batch :][: r.args.batch]]
+    coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in chosen[r.world.rank :: r.world.size]]
+    return forwards(coded, r.args.tokens), data.n_title_tokens(r.cat, chosen)
+
+
+def forwards(coded: list[dict], budget: int) -> list[Batch]:
+    """Batches of at most budget tokens, longest first; the sum of their losses is the loss of all."""
+    return [data.collate([coded[i] for i in at]) for at in data.batches([len(c["tokens"]) for c in coded], budget)]
+
+
+def loss_of(r: Run, b: Batch) -> Tensor:
+    """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
+    b = b.to(r.device)
+    with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
+        h = r.model(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
+        if r.args.loss == "msl":
+            return trie_nll(r.model, r.trie, h, b.node, b.next).sum()
+        return full_nll(r.model, h, b.next).sum()
+
+
+def update(r: Run, step: int, batches: list[Batch], n_tokens: int, lr: float) -> float:
+    """One step of the optimizer -> the loss, a mean over all target tokens."""
+    torch.manual_seed((r.args.seed * 1_000_003 + step) * 1009 + r.world.rank)  # dropout
+    loss = torch.zeros(1, device=r.device)
+    for b in batches:
+        part = loss_of(r, b) / n_tokens
+        part.backward()
+        loss += part.detach()
+    for p in r.params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    r.world.sum_([*(p.grad for p in r.params), loss])
+    norm = torch.nn.utils.clip_grad_norm_(r.params, CLIP)
+    if not math.isfinite(loss + norm):  # a finite loss may have a gradient that would make the weights NaN
+        raise InputError(f"the loss or its gradient is not finite at step {step}; the newest checkpoint in {r.out} is "
+                         "from before; a lower --lr may help, if the base is sound")  # fmt: skip
+    for group in r.optimizer.param_groups:
+        group["lr"] = lr
+    r.optimizer.step()
+    r.optimizer.zero_grad()
+    return float(loss)
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up, the peak at its last step, then a cosine to a tenth of the peak at the very last."""
-    rise, at = max(1, int(f.warmup * total)), step + 1
+    rise, at = max(1, int(WARMUP * total)), step + 1
     if at <= rise:
-        return f.lr * at / rise
-    return f.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (at - rise) / (total - rise))))
+        return peak * at / rise
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (at - rise) / (total - rise))))
 
 
-class Trainer:
-    """What a step needs: the model and its optimizer, how it computes, who else computes."""
-
-    def __init__(self, f: Flags, model: Llama, cat: Catalogue, world: World, device: torch.device, dtype: torch.dtype):
-        self.f, self.model, self.cat, self.world, self.device, self.dtype = f, model, cat, world, device, dtype
-        self.trie, self.params = cat.trie.to(device), [p for p in model.parameters() if p.requires_grad]
-        flat = [p for p in self.params if p.dim() == 1]
-        groups = [dict(params=[p for p in self.params if p.dim() > 1], weight_decay=f.weight_decay)]
-        groups += [dict(params=flat, weight_decay=0.0)] if flat else []
-        self.optimizer = torch.optim.AdamW(groups, lr=f.lr, betas=(0.9, 0.95), fused=True)
-
-    def nll(self, b: Batch) -> Tensor:
-        """Sum of -log p over the target tokens of a batch; rows of logits are computed where there is a target only."""
-        b, f, amp = b.to(self.device), self.f, self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=amp):
-            h = self.model(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
-            if f.loss == "msl":
-                return trie_nll(self.model, self.trie, h, b.node, b.next, f.tau).sum()
-            return full_nll(self.model, h, b.next).sum()
-
-    def shard(self, examples: list[Example]) -> tuple[list[Batch], int]:
-        """This process's forwards, and the number of target tokens of all processes."""
-        coded = [data.encode(self.cat, e, self.f.loss == "msl") for e in examples]
-        self.fed = sum(len(c["tokens"]) for c in coded)
-        mine = coded[self.world.rank :: self.world.size]
-        return micro_batches(mine, self.f.tokens), sum(c["n_tokens"] for c in coded)
-
-    def step(self, examples: list[Example], lr: float, seed: int, asked: bool) -> tuple[float, bool]:
-        """One update -> the loss, a mean over all target tokens of the step, and whether any process should stop."""
-        torch.manual_seed(seed)  # dropout
-        loss = torch.zeros(1, device=self.device)
-        batches, n_tokens = self.shard(examples)
-        for b in batches:
-            nll = self.nll(b) / n_tokens
-            nll.backward()
-            loss += nll.detach()
-        for p in self.params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        stop = torch.tensor([float(asked)], device=self.device)
-        self.world.sum_([p.grad for p in self.params] + [loss, stop])
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.f.clip)
-        if not math.isfinite(loss + norm):  # a finite loss may have a gradient that would make the weights NaN
-            return float(loss + norm), False
-        for g in self.optimizer.param_groups:
-            g["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss), bool(stop)
-
-    @torch.no_grad()
-    def validate(self, windows: Windows) -> dict[str, float]:
-        """valid_nll: mean -log p of a target, in nats per item; and NDCG@10 of a beam search."""
-        self.model.eval()
-        total, decoder = torch.zeros(1, device=self.device), evaluation.make_decoder(self.model, self.cat, vars(self.f))
-        for b in self.shard(data.window_examples(windows))[0]:
-            total += self.nll(b)
-        self.world.sum_([total])
-        flags = evaluation.Flags(exact=False)
-        found = evaluation.evaluate(decoder, self.cat, windows[self.world.rank :: self.world.size], flags)
-        found = evaluation.metrics(*evaluation.positions(self.world.gather(found)))
-        self.model.train()
-        return {"valid_nll": float(total) / max(1, len(windows)), "valid_NDCG@10": found["NDCG@10"]}
+@torch.no_grad()
+def validate(r: Run) -> dict[str, float]:
+    """NDCG@10, and nats per item: mean -log p of a target. Computed as eval.py does."""
+    some = np.random.default_rng(0).permutation(len(r.d.valid))[: r.args.eval_limit or VALID_WINDOWS]
+    windows = [r.d.valid[i] for i in np.sort(some)]
+    decoder = eval.make_decoder(eval.frozen(r.model, r.dtype), r.cat, r.config)
+    found = r.world.gather(eval.predict(decoder, r.cat, r.d, windows[r.world.rank :: r.world.size], eval.DEFAULTS))
+    r.model.train()
+    nll = float(np.mean([p["nll"] for p in found]))
+    return {"valid_nll": nll, "valid_NDCG@10": eval.metrics(*eval.positions(found))["NDCG@10"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: complete under their final name, or not there at all
-
-
-def save_step(out: Path, step: int, model: Llama, optimizer, state: dict):
-    names = {p: n for n, p in model.named_parameters()}
-    moments = {f"{names[p]}:{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
-    weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-
-    def write(folder: Path):
-        save_file(weights, folder / "weights.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(state | {"step": step}))
-
-    write_folder(out / f"step-{step:06d}", write)
-
-
-def load_step(place: Path, model: Llama, optimizer, fresh: dict) -> dict:
-    """A checkpoint's weights and optimizer; returns its state.json, which has the keys of fresh."""
-    try:
-        state = json.loads((place / "state.json").read_text())
-        if not isinstance(state, dict) or state.keys() != fresh.keys():
-            raise ValueError(f"its keys are not {', '.join(fresh)}")
-    except (OSError, ValueError) as e:
-        raise InputError(f"{place}/state.json: damaged ({e}); --overwrite starts again") from None
-    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
-    files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}
-    found = {name: llama.read_safetensors(place / f"{name}.safetensors") for name in files}
-    for name, expected in files.items():
-        if {k: v.shape for k, v in found[name].items()} != expected:
-            raise InputError(f"{place}/{name}.safetensors is not of the model that this run trains")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(found["weights"][name])
-            optimizer.state[p] = {k: found["optimizer"][f"{name}:{k}"].to(p.device) for k in MOMENTS}
-    return state
-
-
-def save_best(out: Path, step: int, model: Llama, tokenizer, base: str):
-    def write(folder: Path):
-        adapters = any(map(llama.peft_name, dict(model.named_parameters())))
-        llama.save_lora(model, folder, base) if adapters else llama.save(model, folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
-
-    write_folder(out / f"best-{step:06d}", write)
-
-
-def prune(out: Path, best_step: int, step: int):
-    """Older checkpoints go once the newer ones are complete."""
-    for p in [*out.glob("step-*"), *out.glob("best-*")]:
-        if p.name not in (f"step-{step:06d}", f"best-{best_step:06d}"):
-            shutil.rmtree(p, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-class Stop:
-    """Ctrl-C and SIGTERM end the training after the step, with a checkpoint; a second Ctrl-C ends it at once."""
-
-    def __enter__(self) -> "Stop":
-        self.asked, self.old = False, {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-
-def read_config(out: Path) -> dict:
-    """config.json of a run; {} where there is none, or one of something else: a model's folder has one too."""
-    try:
-        config = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and "digest" in config else {}
-
-
-def prepare_out(f: Flags, out: Path, config: dict):
-    """Makes the run's folder with its config.json, or finds that the one there is this run's. Nothing is replaced."""
-    old = read_config(out)
-    if f.resume and old:
-        free = ("resume", "overwrite", "out", "test_limit", "data_dir", "base", "tokens", "checkpointing")
-        for name in [n for n in config if n not in free and old.get(n) != config[n]]:
-            what = f"--{name} was {old.get(name)}, now it is {config[name]}"
-            what = "the data has changed" if name == "digest" else what
-            raise InputError(f"--resume: {what}; give the command that began {out}, or choose another --out")
-        return
-    if out.exists() and [p for p in out.iterdir() if p.suffix != ".part"]:  # .part: killed before it began
-        if not old:
-            raise InputError(f"{out} exists and is no run of train.py, so it is left alone; choose another --out")
-        if not f.overwrite:
-            raise InputError(
-                f"{out} exists: --resume goes on with it, --overwrite replaces it, or choose another --out"
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", config)
-
-
-def train(f: Flags, t: Trainer, pool: list[Example], valid: Windows, tokenizer, base: str, out: Path):
-    """Trains to the last step. The model with the best NDCG@10 on validation (the nll decides between equals) lies in
-    out/best-STEP, the log in out/metrics.jsonl."""
-    total = math.ceil(f.epochs * math.ceil(len(pool) / f.batch)) or f.max_steps
-    state = {"step": 0, "best": [-1.0, 0.0], "best_step": 0, "losses": [], "targets": 0, "seconds": 0.0, "log": []}
-    if f.resume and newest(out, "step"):
-        state = load_step(newest(out, "step"), t.model, t.optimizer, state)
-    lead, tokens, start, before = t.world.rank == 0, 0, time.time(), state["seconds"]
-    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step",
-               disable=not (lead and sys.stderr.isatty()))  # fmt: skip
-    t.model.train()
-    with Stop() as stop, bar:
-        for step in range(state["step"], total):
-            at = step_examples(pool, step, f)
-            chosen = [pool[i] for i in at]
-            lr = learning_rate(step, total, f)
-            try:
-                loss, asked = t.step(chosen, lr, (f.seed * 1_000_003 + step) * 1009 + t.world.rank, stop.asked)
-            except torch.OutOfMemoryError:
-                raise InputError(
-                    f"step {step} does not fit into the memory; lower --tokens (now {f.tokens}) or add --checkpointing "
-                    "to the same command with --resume: they change no number"
-                ) from None
-            if not math.isfinite(loss):
-                good = newest(out, "step")
-                raise InputError(
-                    f"the loss or its gradient became {loss} at step {step}, on the training examples {at.tolist()}; "
-                    f"the last good checkpoint is {good.name if good else 'none'} in {out}; a lower --lr may help"
-                )
-            tokens, seconds = tokens + t.fed, time.time() - start
-            state |= {"step": step + 1, "losses": [*state["losses"], loss], "seconds": before + seconds,
-                      "targets": state["targets"] + sum(len(e.targets) for e in chosen)}  # fmt: skip
+def train(r: Run) -> bool:
+    """Trains to the last step -> True, or until it is asked to stop -> False. In out: best-STEP, the model with the
+    best NDCG@10 on validation (nats decide between equals); metrics.jsonl, the log; step-STEP, where to go on."""
+    state = {"step": 0, "losses": [], "best": [-1.0, 0.0], "best_step": 0, "seconds": 0.0, "log": []}
+    if r.args.resume:
+        state = load_step(r, state)
+    first, before, tokens, start = state["step"], state["seconds"], 0, time.time()
+    quiet = r.world.rank > 0 or not sys.stderr.isatty()
+    r.model.train()
+    with stop_signals() as asked, tqdm(total=r.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
+        for step in range(first, r.steps):
+            batches, n_tokens = get_batch(r, step)
+            lr = learning_rate(step, r.steps, r.args.lr)
+            loss = update(r, step, batches, n_tokens, lr)
+            tokens += sum(int((b.item >= 0).sum()) for b in batches) * r.world.size
+            seconds = time.time() - start
+            state |= {"step": step + 1, "losses": [*state["losses"], loss], "seconds": before + seconds}
             bar.update()
-            bar.set_postfix_str(f"loss {np.mean(state['losses'][-50:]):.3f}, "
-                                f"{tokens / seconds:,.0f} tokens/s{mfu(t, tokens / seconds)}")  # fmt: skip
-            due = step + 1 == total or (step + 1) % f.eval_every == 0
+            bar.set_postfix_str(f"loss {np.mean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
+            due, stop = step + 1 == r.steps or (step + 1) % r.args.eval_every == 0, r.world.any(bool(asked))
             if due:
-                since = time.time()
-                line = {"step": step + 1, "loss": float(np.mean(state["losses"]))} | t.validate(valid)
-                start += time.time() - since  # tokens/s and seconds are of the training alone
-                line |= {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds,
-                         "targets": state["targets"]}  # fmt: skip
-                log(out, t, line, state, tokenizer, base)
-            if due or asked:  # a stop between two validations leaves no trace in the log, so that the end is the same
-                if lead:
-                    save_step(out, step + 1, t.model, t.optimizer, state)
-                    prune(out, state["best_step"], step + 1)
-                t.world.barrier()
-            if asked:
-                raise InputError(f"stopped after step {step + 1}, nothing is lost; "
-                                 "go on with --resume and the same command")  # fmt: skip
+                log(r, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
+                start = time.time() - seconds  # seconds and tokens/s are of the training alone
+            if due or stop:  # a stop between two validations leaves no trace in the log, so that the end is the same
+                save_step(r, state)
+            if stop:
+                return False
+    return True
 
 
 def merit(line: dict) -> list[float]:
@@ -356,89 +304,198 @@ def merit(line: dict) -> list[float]:
     return [line["valid_NDCG@10"], -line["valid_nll"]]
 
 
-def log(out: Path, t: Trainer, line: dict, state: dict, tokenizer, base: str):
-    """After a validation: a line in the log, and the best model if this is it."""
-    score = merit(line)
-    better = score > state["best"]
+def log(r: Run, state: dict, speed: dict):
+    """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
+    line = {"step": state["step"], "loss": float(np.mean(state["losses"]))} | validate(r) | speed
+    better = merit(line) > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
     if better:
-        state |= {"best": score, "best_step": line["step"]}
-    if t.world.rank == 0:
-        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  validation NDCG@10 {score[0]:.4f}, "
-                   f"{line['valid_nll']:.4f} nats per item" + ("  best" if better else ""))  # fmt: skip
+        state |= {"best": merit(line), "best_step": line["step"]}
+    if r.world.rank == 0:
+        found = f"validation NDCG@10 {line['valid_NDCG@10']:.4f}, {line['valid_nll']:.4f} nats per item"
+        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  {found}" + "  best" * better)
         if better:
-            save_best(out, line["step"], t.model, tokenizer, base)
-        write_json(out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
+            save_best(r, line["step"])
+        write_json(r.out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
 
 
-def mfu(t: Trainer, tokens_per_second: float) -> str:
-    """Model FLOP/s over the card's peak, where it is known: 6 per weight and token, 4 where the base is frozen."""
-    card = torch.cuda.get_device_name() if t.device.type == "cuda" else ""
-    peak = next((v for name, v in PEAK.items() if name in card), None)
-    if peak is None:
-        return ""
-    weights = sum(p.numel() for p in t.model.parameters()) - t.model.embed_tokens.weight.numel()
-    return f", MFU {(4 if t.f.lora else 6) * weights * tokens_per_second / t.world.size / peak:.1%}"
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """Ctrl-C and SIGTERM fill the list, so that the training ends after the step; a second Ctrl-C ends it at once."""
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
-def resolve(f: Flags) -> Flags:
-    """Fills in the defaults that depend on the model and on the machine."""
-    tiny = f.model == "tiny"
-    f.lora = 0 if tiny else f.lora
-    f.targets = f.targets if f.targets != "auto" else "all" if tiny else "last"
-    f.tokens = f.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length better
-    f.lr = f.lr or (1e-3 if tiny else 3e-4 if f.lora else 1e-4)
-    return f
+# --- Checkpoints: complete under their final name, or not there at all ----------------------------------------------
 
 
-def main(argv: list[str]):
-    f = parse_flags(Flags, argv, __doc__)
-    for name, known in (("loss", ("lml", "msl")), ("targets", ("auto", "last", "all")), ("split", ("time", "loo"))):
-        choose(name, getattr(f, name), known)
-    for name in ("batch", "eval_every", "valid_limit", "tau", "clip", "max_steps"):
-        if not getattr(f, name) > 0:
-            raise InputError(f"--{name} must be above 0, not {getattr(f, name)}")
-    for name in ("core", "tokens", "limit", "test_limit", "epochs", "lora", "lr", "weight_decay", "seed"):
-        if not getattr(f, name) >= 0:
-            raise InputError(f"--{name} must not be below 0, but is {getattr(f, name)}")
-    for name in ("warmup", "dropout", "lora_dropout"):
-        if not 0 <= getattr(f, name) < 1:
-            raise InputError(f"--{name} is a share, from 0 to below 1, not {getattr(f, name)}")
-    resolve(f)
-    world, (device, dtype) = World(), device_and_dtype(f.dtype, f.model)
-    d = data.load(f.data, f.data_dir, f.split, f.core)
-    model, tokenizer, base = build(f, d.titles, device, dtype)
-    cat = Catalogue(d.titles, tokenizer, model.config.eos_token_id)
-    pool = data.examples(d, f.targets, f.share_history)
-    if f.limit:
-        pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[: f.limit]]
-    few = np.sort(np.random.default_rng(0).permutation(len(d.valid))[: f.valid_limit])
-    if not (pool and len(few) and len(d.test)):
-        raise InputError(f"{d.summary()}: each needs at least one; give more users")
-    out = Path(f.out or f"out/{d.name}-{Path(f.model).name}")
-    if world.rank == 0:
-        prepare_out(f, out, vars(f) | {"base": base, "digest": d.digest()})
-    world.barrier()
-    model.checkpointing = f.checkpointing
-    for block in model.layers if f.compile else ():
-        block.compiled = torch.compile(block.compute, dynamic=True)
-    t = Trainer(f, model, cat, world, device, dtype)
-    if world.rank == 0:
-        sizes = (
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in t.params):,} trained"
+def write_folder(place: Path, write):
+    """write(folder) into a folder beside place, everything on disk, then renamed to place."""
+    part = place.with_name(place.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        for file in [*part.iterdir(), part]:
+            sync(file)
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(part, place)
+        sync(place.parent)  # before the caller removes what this folder replaces
+    except Exception as e:  # a full disk reaches us as OSError or as safetensors' own error
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{place} could not be written ({e}); what was saved before is intact") from e
+
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_step(r: Run, state: dict):
+    """Weights, optimizer and state.json in out/step-STEP. Older checkpoints go once the newer ones are complete."""
+    names = {p: n for n, p in r.model.named_parameters() if p.requires_grad}
+
+    def write(folder: Path):
+        moments = {f"{names[p]}:{k}": v.contiguous() for p, s in r.optimizer.state.items() for k, v in s.items()}
+        save_file({n: p.detach().contiguous() for p, n in names.items()}, folder / "weights.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
+        write_json(folder / "state.json", state)
+
+    if r.world.rank == 0:
+        write_folder(r.out / f"step-{state['step']:06d}", write)
+        kept = f"step-{state['step']:06d}", f"best-{state['best_step']:06d}"
+        for p in r.out.iterdir():  # only what this program names so is its own
+            if eval.CHECKPOINT.fullmatch(p.name) and p.name not in kept:
+                shutil.rmtree(p, ignore_errors=True)
+    r.world.barrier()
+
+
+def load_step(r: Run, fresh: dict) -> dict:
+    """The newest checkpoint's weights and optimizer; returns its state, which has the keys of fresh, or fresh."""
+    place = newest(r.out, "step")
+    if place is None:
+        return fresh
+    state = read_json(place / "state.json", {name: type(value) for name, value in fresh.items()})
+    own = {n: p for n, p in r.model.named_parameters() if p.requires_grad}
+    shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
+    files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}
+    found = {name: read_safetensors(place / f"{name}.safetensors") for name in files}
+    for name, expected in files.items():
+        if {k: v.shape for k, v in found[name].items()} != expected:
+            raise InputError(f"{place}/{name}.safetensors is not of the model that this run trains")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(found["weights"][name])
+            r.optimizer.state[p] = {k: found["optimizer"][f"{name}:{k}"].to(p.device) for k in MOMENTS}
+    return state
+
+
+def save_best(r: Run, step: int):
+    def write(folder: Path):
+        save_lora(r.model, folder, r.base) if adapters(r.model) else save(r.model, folder)
+        r.tokenizer.save(str(folder / "tokenizer.json"))
+
+    write_folder(r.out / f"best-{step:06d}", write)
+
+
+# --- The output folder ----------------------------------------------------------------------------------------------
+
+
+def prepare_out(r: Run) -> int:
+    """Makes the run's folder with its config.json, or finds that the one there is this run's -> its lock. Nothing is
+    deleted: a run that --overwrite replaces is set aside."""
+    out, args = r.out, r.args
+    for needed in filter(None, (Path.cwd(), r.d.folder, r.base and Path(r.base))):
+        if out in (needed.resolve(), *needed.resolve().parents):
+            raise InputError(f"--out {out} holds {needed}, which this run needs; choose another --out")
+    if args.resume:
+        check_same(eval.read_run(out), r)
+    elif out.exists() and any(p.suffix != ".part" for p in out.iterdir()):
+        eval.read_run(out)  # else it is no run of train.py, and is left alone
+        aside = out.with_name(out.name + ".replaced")
+        if not args.overwrite:
+            raise InputError(f"{out} exists: --resume goes on, --overwrite replaces it; or choose another --out")
+        if aside.exists():
+            raise InputError(f"{aside}, set aside by an earlier --overwrite, is still there; remove it first")
+        os.close(lock(out))  # else another process is writing there
+        out.rename(aside)
+        print(f"the run that was in {out} is in {aside} now")
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out)
+    write_json(out / "config.json", r.config)
+    return held
+
+
+def lock(out: Path) -> int:
+    """One run a folder -> what holds the lock until it is closed, or the process ends."""
+    held = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another run is writing to {out}; wait for its end or choose another --out") from None
+    return held
+
+
+def check_same(old: dict, r: Run):
+    """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
+    free = "constants resume overwrite out data data_folder model base base_source tokens CHECKPOINTING".split()
+    was, now = (c | c["constants"] for c in (old, r.config))
+    changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
+    if changed:
+        raise InputError(
+            f"--resume: {'; '.join(changed)}; give the command that began {r.out} (digest: the files of the data or of "
+            "the base). To train a finished run longer, give its best-STEP as --model: its learning rate has fallen"
         )
-        print(f"{d.summary()}\nplan {' '.join(model.plan)}\n{sizes}, on {device} in {str(dtype)[6:]}; "
-              f"{sum(len(e.targets) for e in pool):,} targets in {len(pool):,} examples")  # fmt: skip
-    train(f, t, pool, d.valid[few], tokenizer, base, out)
-    test(f, out, world)
 
 
-def test(f: Flags, out: Path, world: World):
+# --- The command line -----------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> bool:
+    """-> whether the run came to its end."""
+    r = Run(resolve(eval.parse_flags(make_parser(), argv)))
+    held = prepare_out(r) if r.world.rank == 0 else None
+    r.world.barrier()
+    if r.world.rank == 0:
+        print_start(r)
+    try:
+        done = train(r)
+        if done:
+            test_best(r)
+        elif r.world.rank == 0:
+            print(f"stopped, nothing is lost; go on with the same command and --resume --out {r.args.out}")
+    finally:
+        if held is not None:
+            os.close(held)
+    return done
+
+
+def print_start(r: Run):
+    every, trained = (sum(p.numel() for p in params) for params in (r.model.parameters(), r.params))
+    targets = sum(len(e.targets) for e in r.pool)
+    print(f"{r.d.summary()}\nplan {' '.join(r.model.plan)}")
+    print(f"{every:,} parameters, {trained:,} trained, on {r.device} in {str(r.dtype)[6:]}")
+    print(f"{targets:,} targets in {len(r.pool):,} examples, {r.steps:,} steps of {r.args.batch}; {r.args.out}")
+
+
+def test_best(r: Run):
     """The table at the end: the best checkpoint on the test split, beside popularity."""
-    model, cat, d, config = evaluation.load_run(out, f.dtype)
-    flags = evaluation.Flags(out=str(out), limit=f.test_limit)
-    evaluation.test(evaluation.make_decoder(model, cat, config), cat, d, flags, out, world)
+    model, cat, d, c = eval.load_run(r.out)
+    args = eval.make_parser().parse_args(["--limit", str(r.args.eval_limit)])
+    eval.test(eval.make_decoder(model, cat, c), cat, d, args, r.out, r.world, c["base_source"])
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(0 if eval.run(main) else 130)

@@ -1,32 +1,38 @@
-"""Small pieces the tests share: a tiny Llama with spread-out weights, prompts with items, and where real data lies.
-
-A test module imports what it needs: `from conftest import PLANS, prompts, tiny_model`.
-"""
+"""Small pieces the tests share: `from conftest import PLANS, tiny_model`."""
 
 import os
 
-# read when torch loads: on cores that other processes share, spinning threads made these tests 10 times slower
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads slow shared cores down
 import random  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
+from hatllm import InputError  # noqa: E402
 from model import Config, Llama  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 VOCAB = 64
-KINDS = ("IN", "OR", "CR", "IN-closed")
 PLANS = ("OR", "IN", "CR", "IN-closed", "IN:1 OR:2 CR:1", "IN-closed:2 OR:1 CR:1")  # of the 4 layers of tiny_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@contextmanager
+def refuses(*parts):
+    """An InputError of one sentence that holds all of parts."""
+    with pytest.raises(InputError) as e:
+        yield
+    text = str(e.value)
+    assert text and "\n" not in text and len(text) < 500 and all(str(part) in text for part in parts), text
 
 
 def data_root(name: str = "") -> Path:
@@ -41,13 +47,13 @@ def weights_root(name: str = "smollm2-135m") -> Path:
     """The folder of real weights: in $HATLLM_WEIGHTS, else weights/; skips where there is none."""
     folder = Path(os.environ.get("HATLLM_WEIGHTS", REPO / "weights")) / name
     if not (folder / "model.safetensors").exists():
-        pytest.skip(f"no weights in {folder}; set HATLLM_WEIGHTS or run fetch.py")
+        pytest.skip(f"no weights in {folder}; set HATLLM_WEIGHTS")
     return folder
 
 
 def tiny_config(**changes) -> Config:
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB)
-    return Config(**small | dict(num_key_value_heads=2, tie_word_embeddings=False) | changes)
+    return Config(**small | dict(num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=0) | changes)
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -72,19 +78,3 @@ def prompt(rng: random.Random, items: int = 3) -> list[int]:
     for k in range(1, items + 1):
         out += [k] * rng.randint(1, 4) + [0] * rng.randint(0, 1)
     return out + [items + 1] * rng.randint(2, 3)
-
-
-def prompts(n: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """n unpadded prompts of different lengths: tokens (1, T), item (1, T)."""
-    rng = random.Random(seed)
-    items = [prompt(rng, 2 + k % 3) for k in range(n)]
-    return [(torch.tensor([[rng.randrange(VOCAB) for _ in t]]), torch.tensor([t])) for t in items]
-
-
-def pad(texts: list[tuple[Tensor, Tensor]], more: int = 2) -> tuple[Tensor, Tensor]:
-    """One batch (B, T) of tokens and items, right-padded by `more` than needed; padding is any token, item -1."""
-    T = max(t.shape[1] for t, _ in texts) + more
-    tokens, item = torch.randint(VOCAB, (len(texts), T)), torch.full((len(texts), T), -1)
-    for b, (t, i) in enumerate(texts):
-        tokens[b, : t.shape[1]], item[b, : i.shape[1]] = t[0], i[0]
-    return tokens, item

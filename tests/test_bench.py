@@ -1,98 +1,80 @@
-"""bench.py: both sides of a comparison compute the same thing, on a tiny Llama with random weights."""
+"""extras/bench.py: both sides of a comparison compute the same thing, on a tiny Llama with spread-out weights."""
+
+import json
+import random
 
 import pytest
 import torch
 from conftest import tiny_model
 
-import bench
-import model as llama
-import train as training
-from common import World
-from data import Catalogue, Example, collate_prompts, train_tokenizer
+from data import Catalogue, collate_prompts, train_tokenizer
 from decode import Decoder
-from hatllm import InputError
+from extras import bench
+from model import save
 
-TITLES = ["red pen", "red pen", "red pencil", "blue ink", "blue", "ink well", "well", "paper", "paper clip",
-          "big red box", "box of pens", "green box", "pen", "clip"]  # fmt: skip
-HISTORIES = [[0, 3, 9], [5], [2, 8, 11, 4]]
+TITLES = ["red pen", "red pencil", "blue ink", "blue", "ink well", "well", "paper", "paper clip", "big red box",
+          "box of pens", "green box", "pen", "clip", "blue"]  # fmt: skip
 
 
-@pytest.fixture
-def parts():
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A data set and a Llama folder, as flags."""
     pytest.importorskip("transformers")
-    tokenizer = train_tokenizer(TITLES, 300)
-    model = tiny_model(vocab_size=tokenizer.get_vocab_size())
-    return model, Catalogue(TITLES, tokenizer, model.config.eos_token_id)
+    place, rng = tmp_path_factory.mktemp("bench"), random.Random(0)
+    lines = [f"u{u}\t{' '.join(str(rng.randrange(14)) for _ in range(9))}\t{u} 5 5 5 6 7 8 9 10" for u in range(5)]
+    lines += [f"v{u}\t{' '.join(map(str, range(u, 14)))}\t{' '.join(map(str, range(u, 14)))}" for u in range(9)]
+    (place / "items.tsv").write_text("\n".join(["item_id\ttitle", *(f"{i}\t{t}" for i, t in enumerate(TITLES))]))
+    (place / "sequences.tsv").write_text("\n".join(["user_id\titem_ids\ttimes", *lines]))
+    tokenizer = train_tokenizer(TITLES)
+    save(tiny_model(vocab_size=tokenizer.get_vocab_size(), tie_word_embeddings=True), place)
+    tokenizer.save(str(place / "tokenizer.json"))
+    (place / "source.json").write_text('{"holds": "noise"}')
+    return ["--data", str(place), "--model", str(place), "--rounds", "2", "--users", "3", "--batch", "4"]
 
 
-@pytest.mark.parametrize("score", ["trie", "full"])
-def test_decode_sides_agree(parts, score):
-    """A beam as wide as the catalogue drops nothing on either side: same lists and scores, with padded prompts."""
-    model, cat = parts
-    tokens, item = collate_prompts(cat, HISTORIES)[:2]
-    theirs = bench.Generate(bench.transformers_model(model), cat, model.config.eos_token_id)
-    found = theirs.search(tokens, item, 10, 13, score)
-    ranking = Decoder(model, cat.trie, score).search(tokens, item, 10, 13)
-    result = bench.agreement(ranking, found)
-    assert result["exact"] == 1 and result["equal"] == 3 and result["common"] == 1 and result["gap"] < 1e-4
-    assert theirs.fed[0] == 13 * tokens.numel()  # generate() feeds the prompt once a beam
+def result(argv: list[str], capsys) -> dict:
+    bench.main(argv)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_agreement_sees_differences(parts):
-    model, cat = parts
-    tokens, item = collate_prompts(cat, HISTORIES)[:2]
-    ranking = Decoder(model, cat.trie).search(tokens, item, 3)
-    lists = [list(zip(*x, strict=True)) for x in zip(ranking.leaf.tolist(), ranking.score.tolist(), strict=True)]
-    assert bench.agreement(ranking, lists) == {"exact": 1, "equal": 3, "common": 1, "gap": 0, "higher": 0}
-    lists[0] = lists[0][::-1]
-    lists[1] = [(leaf, score + 1) for leaf, score in lists[1]]
-    lists[2] = [*lists[2][:2], (-1, -9.0)]
-    result = bench.agreement(ranking, lists)
-    assert [result[x] for x in ("exact", "equal", "gap")] == [1, 1, 1] and result["common"] == pytest.approx(8 / 9)
-    lower = 3 * 1 + (-9 - float(ranking.score[2, 2]))  # what was added to the scores above
-    assert result["higher"] == pytest.approx(-lower / 9, abs=1e-4)
+def test_decode(places, capsys):
+    """A beam as wide as the catalogue drops nothing on either side: the same lists and scores, with padded prompts."""
+    out = result(["decode", *places, "--beams", "13"], capsys)
+    assert out["base_source"] == "noise" and len(out["rows"]) == 6
+    for row in [*out["rows"][1:3], *out["rows"][4:]]:
+        assert (row["exact"], row["equal"], row["common"]) == (1, 3, 1) and row["gap"] < 1e-4
 
 
-def test_train_sides_agree(parts):
-    """Three updates on the same windows: the losses stay together, and they move."""
+def test_train(places, capsys, monkeypatch):
+    """The losses stay together while the adapters learn, and where all targets share one forward on our side."""
     pytest.importorskip("peft")
-    model, cat = parts
-    theirs = bench.transformers_model(model)
-    f = training.Flags(loss="lml", lora_dropout=0.0, lr=1e-2, tokens=10**9)
-    llama.add_lora(model, f.lora, f.lora_alpha, 0.0, f.lora_targets)
-    theirs = bench.Finetune(theirs, model, cat, f)
-    ours = training.Trainer(f, model, cat, World(), torch.device("cpu"), torch.float32)
-    examples = [Example(h, [(len(h), t)]) for h, t in zip(HISTORIES, (7, 1, 12), strict=True)]
-    a, b = ([t.step(examples, f.lr, 0, False)[0] for _ in range(3)] for t in (ours, theirs))
-    assert a == pytest.approx(b, abs=1e-4) and a[0] - a[2] > 0.01
+    monkeypatch.setitem(bench.training.RATES, "lora", 0.03)
+    out = result(["train", *places], capsys)
+    _, last, _, every = out["rows"]
+    assert last["targets"] == 4 < every["targets"]
+    assert out["losses agree"] and max(last["gap"], every["gap"]) < 1e-4
 
 
-def test_measure_and_split():
-    """40 MiB that a call needs are seen, and a method's time is not counted in that of its caller."""
-    value, seconds, mib = bench.measure(lambda: float(torch.ones(10 * 2**20).sum()))
-    assert value == 10 * 2**20 and seconds > 0 and (mib != mib or 30 < mib < 80)
-
-    class Work:
-        def outer(self):
-            return self.inner()
-
-        def inner(self):
-            return torch.ones(500, 500) @ torch.ones(500, 500)
-
-    work = Work()
-    seconds = bench.split(work.outer, {"outer": (work, "outer"), "inner": (work, "inner")})
-    assert seconds["inner"] > seconds["outer"] >= 0 and not vars(work)
+def test_cache(places, capsys):
+    assert 0 < result(["cache", *places], capsys)["rows"][1]["gap"] < 1e-4
 
 
-def test_in_turns_alternates():
-    calls, clock = [], bench.now()
-    sides = {name: lambda r, name=name: calls.append((name, r)) or r for name in "ab"}
-    runs = bench.in_turns(sides, 2)
-    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1)] and bench.now() > clock
-    assert runs["b"][0] == (0, 1) and runs["a"][1]["ratio"] == 1
+def test_agreement_sees_differences():
+    tokenizer = train_tokenizer(TITLES)
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size())
+    cat = Catalogue(TITLES, tokenizer, model.config)
+    ranking = Decoder(model, cat.trie).search(*collate_prompts(cat, [[0, 3, 9], [5], [2, 8, 11, 4]])[:2], 3)
+    lists = [list(zip(*x, strict=True)) for x in zip(ranking.leaf.tolist(), ranking.score.tolist(), strict=True)]
+    same = bench.agreement(ranking, lists)
+    assert [same[x] for x in ("exact", "equal", "common", "gap")] == [1, 3, 1, 0]
+    lists = [lists[0][::-1], [(leaf, score + 1) for leaf, score in lists[1]], [*lists[2][:2], (-1, -9.0)]]
+    other = bench.agreement(ranking, lists)
+    assert (other["equal"], other["gap"]) == (1, 1) and other["common"] == pytest.approx(8 / 9)
 
 
-def test_errors_are_sentences():
-    for argv in ([], ["decod"], ["decode", "--beam", "3"], ["train", "--clock", "sun"]):
-        with pytest.raises(InputError):
-            bench.main(argv)
+def test_rounds_alternate_and_memory_is_seen():
+    calls, _ = [], torch.ones(50 * 2**20).sum()  # an older, higher peak
+    sides = {name: lambda r, name=name: calls.append(name) or float(torch.ones(5 * 2**20).sum()) + r for name in "ab"}
+    runs = bench.in_turns(sides, 3, "calls", 1)
+    assert "".join(calls) == "abbaab" and runs["b"][0] == tuple(5 * 2**20 + r for r in range(3))
+    assert all(row["MiB"] == 0 or 15 < row["MiB"] < 60 for _, row in runs.values()) and runs["a"][1]["ratio"] == 1

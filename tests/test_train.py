@@ -1,19 +1,19 @@
-"""train.py and common.py: a run that repeats, stops, is killed and resumes to the same bits; that computes the same
-however it is cut into forwards and processes; and that loses nothing when the disk, the data or the user fails it.
+"""train.py: a run that repeats, stops, is killed and resumes to the same bits; that computes the same however it is cut
+into forwards and processes; and that loses nothing when the disk, the data or the user fails it. Children are forks of
+this process: importing torch anew costs seconds."""
 
-Children are forks of this process: importing torch anew costs seconds. Each test says which mistake it is there for.
-"""
-
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import traceback
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +21,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, spread
-from safetensors import SafetensorError
+from conftest import REPO, refuses, spread
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import common
 import data
 import eval as evaluation
 import model as llama
 import train
-from common import World, newest, parse_flags, write_folder, write_json
-from data import Catalogue, Example
-from hatllm import InputError, layout
+from data import Example
+from eval import newest
+from hatllm import layout
 from model import Config, Llama
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
@@ -58,15 +56,30 @@ def write_data(folder: Path, users: int = 60, seed: int = 0) -> Path:
     titles = [f"{a} {b}" for a in ("red", "blue", "old", "the new") for b in ("pen", "pencil", "ink pot", "paper")]
     titles += [f"{t} {n} pack" for t in titles for n in (5, 10)][:23] + ["red pen"]
     folder.mkdir(parents=True, exist_ok=True)
-    rows = "".join(f"i{n}\t{t}\n" for n, t in enumerate(titles))
-    (folder / "items.tsv").write_text("item_id\ttitle\n" + rows)
-    lines = ["user_id\titem_ids\ttimes"]
+    (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"i{n}\t{t}\n" for n, t in enumerate(titles)))
+    rows = ["user_id\titem_ids\ttimes"]
     for u in range(users):
         n, start = rng.randint(6, 14), rng.randint(0, 1000)
         at = (rng.randrange(40) + np.arange(n) * rng.choice((1, 3))) % 40  # something to learn
-        lines.append(f"u{u}\t{' '.join(f'i{i}' for i in at)}\t{' '.join(str(start + t) for t in range(n))}")
-    (folder / "sequences.tsv").write_text("\n".join(lines) + "\n")
+        rows.append(f"u{u}\t{' '.join(f'i{i}' for i in at)}\t{' '.join(str(start + t) for t in range(n))}")
+    (folder / "sequences.tsv").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def write_base(folder: Path, shop: Path) -> Path:
+    """A Hugging Face folder of a small Llama with its tokenizer."""
+    tokenizer = data.train_tokenizer(data.load(shop).titles)
+    c = Config(**SMALL, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0, tie_word_embeddings=False)
+    llama.save(spread(Llama(c), 3), folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def command(shop: Path, out: Path, model="tiny", **flags) -> list[str]:
+    """37 examples in steps of 8, the last of an epoch of 5; 8 steps are 1.6 epochs."""
+    flags = dict(limit=37, batch=8, max_steps=8, eval_every=3, eval_limit=7, lr=0.02) | flags
+    flags = dict(data=shop, out=out, model=model, targets="last") | flags
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -76,103 +89,14 @@ def shop(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, shop) -> Path:
-    """A Hugging Face folder of a small Llama with its tokenizer."""
-    folder, tokenizer = tmp_path_factory.mktemp("base"), data.train_tokenizer(data.load(str(shop)).titles)
-    c = Config(**SMALL, vocab_size=tokenizer.get_vocab_size(), tie_word_embeddings=False)
-    llama.save(spread(Llama(c), 3), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def command(shop: Path, out: Path, model="tiny", **flags) -> list[str]:
-    """37 examples in steps of 8, the last of an epoch of 5; 12 steps are 2.4 epochs."""
-    flags = dict(limit=37, batch=8, max_steps=12, eval_every=3, valid_limit=5, test_limit=7, lr=0.01) | flags
-    flags = dict(data=shop, out=out, model=model, targets="last") | flags
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def without_free(value):
-    if isinstance(value, dict):
-        return {k: without_free(v) for k, v in value.items() if k not in FREE}
-    return [without_free(v) for v in value] if isinstance(value, list) else value
-
-
-def essence(out: Path) -> dict:
-    """All a run wrote, but for times: two runs are the same if this is equal, leftovers included."""
-    found = {}
-    for name, content in files(out).items():
-        if name.endswith((".json", ".jsonl")):
-            found[name] = [
-                without_free(json.loads(t)) for t in ([content] if name[-1] == "n" else content.split(b"\n")[:-1])
-            ]
-        else:
-            found[name] = content
-    return found
-
-
-def assert_same_run(a: Path, b: Path):
-    one, two = essence(a), essence(b)
-    assert one.keys() == two.keys()
-    assert not [name for name in one if one[name] != two[name]]
-
-
-def fork(argv: list[str], before=lambda: None, **env) -> int:
-    """Starts train.main(argv) in a child, after before(); the pid."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    code = 70
-    try:
-        signal.alarm(60)  # a child that hangs must not hang the tests
-        torch.set_num_threads(1)
-        os.environ.update(env)
-        before()
-        train.main(argv)
-        code = 0
-    except InputError as e:
-        print(f"InputError: {e}")
-        code = 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """The child's exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def stop_in_step(patch, n: int):
-    """SIGTERM arrives while the n-th step (from 1) of this process is computed."""
-    original, calls = train.Trainer.step, []
-
-    def step(*args):
-        calls.append(1)
-        if len(calls) == n:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    patch.setattr(train.Trainer, "step", step)
-
-
-def train_stopped(argv: list[str], n: int):
-    """Stopped after step n, counted from where it began; the signal comes in the step before."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_in_step(patch, n - 1)
-        with pytest.raises(InputError, match="nothing is lost; go on with --resume"):
-            train.main(argv)
+    return write_base(tmp_path_factory.mktemp("base") / "base", shop)
 
 
 @pytest.fixture(scope="module")
 def run(shop, tmp_path_factory) -> Path:
     """A finished run; tests only read it."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(command(shop, out))
+    assert train.main(command(shop, out))
     return out
 
 
@@ -182,51 +106,83 @@ def own(run, tmp_path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "own"))
 
 
-# --- what a run leaves ----------------------------------------------------------------------------------------------
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def essence(out: Path) -> dict:
+    """All a run wrote, but for times: two runs are the same if this is equal, leftovers included."""
+    fixed = partial(json.loads, object_hook=lambda d: {k: v for k, v in d.items() if k not in FREE})
+    found = files(out)
+    found |= {name: fixed(text) for name, text in found.items() if name.endswith(".json")}
+    return found | {name: [*map(fixed, text.splitlines())] for name, text in found.items() if name.endswith(".jsonl")}
+
+
+def assert_same_run(a: Path, b: Path):
+    one, two = essence(a), essence(b)
+    assert one.keys() == two.keys() and not [name for name in one if one[name] != two[name]]
+
+
+def fork(f) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=f)
+    child.start()
+    return child
+
+
+def ended(child: multiprocessing.Process) -> int | None:
+    """Its exit code, or minus the signal that ended it; None if it hangs."""
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    return code
+
+
+def before_step(patch, n: int, do):
+    """do() before the n-th update (from 1) of this process."""
+    original, calls = train.update, itertools.count(1)
+    patch.setattr(train, "update", lambda *args: (next(calls) == n and do(), original(*args))[1])
+
+
+def train_stopped(argv: list[str], n: int, by=signal.SIGTERM):
+    """Stopped after n steps, counted from where it began."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, n, lambda: os.kill(os.getpid(), by))
+        assert train.main(argv) is False
+
+
+def on_writing(out: Path, do):
+    """do() before this process changes anything under out."""
+
+    def hook(event, args):
+        writing = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writing and str(out) in str(args[0]) or event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+            do()
+
+    sys.addaudithook(hook)
+
+
+def fails_at(patch, n: int):
+    """From the n-th step on the loss is not a number."""
+    before_step(patch, n, lambda: patch.setattr(train, "loss_of", lambda r, b: r.params[0].sum() * math.nan))
+
+
+# --- what a run leaves, and where -----------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_what_eval_and_readers_need(run):
     """Catches checkpoints that pile up, a log with missing or doubled lines, and files left half done."""
-    names = {p.name for p in run.iterdir()}
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = lines(run / "metrics.jsonl")
     best = max(log, key=lambda line: (line["valid_NDCG@10"], -line["valid_nll"]))["step"]
-    wanted = {"config.json", "metrics.jsonl", "results-test.json", "predictions-test.jsonl"}
-    assert names == wanted | {"step-000012", f"best-{best:06d}"}
-    assert {p.name for p in (run / f"best-{best:06d}").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
-    assert [line["step"] for line in log] == [3, 6, 9, 12]
-    assert [line["targets"] for line in log] == [24, 45, 69, 90]  # the 5th and 10th step have 5 examples
-    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["lr"] == pytest.approx(0.001)
-    result = json.loads((run / "results-test.json").read_text())
-    assert result["model"]["n"] == 7 == len((run / "predictions-test.jsonl").read_text().splitlines())
-    assert 0 <= result["model"]["HR@10"] <= 1 and "popularity" in result
-
-
-def test_eval_prints_the_table_of_the_run_again(shop, tmp_path, capsys):
-    """Catches a model saved other than the one tested, and an eval that loads another plan, tau or catalogue."""
-    out = tmp_path / "run"
-    train.main(command(shop, out, tau=0.5, plan="IN:2 OR CR:1", max_steps=3))
-    lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("test split"))
-    before = essence(out)
-    evaluation.main(["--out", str(out), "--limit", "7"])
-    again = capsys.readouterr().out.splitlines()
-    assert again[1:-1] == lines[at:-1] and len(lines[at:]) > 5  # the last line tells the speed
-    assert without_free(before["predictions-test.jsonl"]) == essence(out)["predictions-test.jsonl"]
-
-
-def test_recommend_for_a_history_typed_by_hand(run, capsys):
-    """Catches a --recommend that is not the model's ranking of the catalogue."""
-    evaluation.main(["--out", str(run), "--recommend", "Red Pen", "old ink pot", "--k", "5"])
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "after red pen | old ink pot" and len(printed) == 2 + 5
-    scores = [float(line.split()[0]) for line in printed[2:]]
-    assert scores == sorted(scores, reverse=True) and scores[0] < 0
-    with pytest.raises(InputError, match='near: "red pen"'):
-        evaluation.main(["--out", str(run), "--recommend", "red pem"])
+    wanted = {"config.json", "metrics.jsonl", "results-test-limit7.json", "predictions-test-limit7.jsonl"}
+    assert {p.name for p in run.iterdir()} == wanted | {"step-000008", f"best-{best:06d}"}
+    kept = {p.name for p in (run / f"best-{best:06d}").iterdir()}
+    assert kept == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert [line["step"] for line in log] == [3, 6, 8]
+    assert log[-1]["valid_nll"] < log[0]["valid_nll"] and log[-1]["lr"] == pytest.approx(0.002)
 
 
 def test_the_seed_and_nothing_else_decides(run, shop, tmp_path):
@@ -239,146 +195,216 @@ def test_the_seed_and_nothing_else_decides(run, shop, tmp_path):
     assert not torch.equal(a["model.norm.weight"], b["model.norm.weight"])
 
 
-# --- nothing is overwritten that should not be ----------------------------------------------------------------------
+def flags_of(*argv):
+    return train.resolve(evaluation.parse_flags(train.make_parser(), argv))
 
 
-def test_a_second_run_needs_to_be_told(own, shop):
-    """Catches a run that writes into, or over, the one that is there."""
-    before = files(own)
-    with pytest.raises(InputError, match="exists: --resume goes on with it, --overwrite replaces it"):
+def test_the_default_folder_names_what_differs():
+    """Catches seeds and plans that overwrite each other, and a name that depends on what changes no result."""
+    out = lambda *argv: flags_of("--data", "x/my-plans", *argv).out  # noqa: E731
+    assert out() == out("--tokens", "99", "--eval_every", "7") == "out/my-plans-tiny"
+    assert out("--plan", "OR") == "out/my-plans-tiny-OR" and out("--seed", "1") == "out/my-plans-tiny-seed1"
+    assert out("--model", "a/smollm", "--plan", "IN:1/4 OR") == "out/my-plans-smollm-IN1of4_OR"
+    flags = dict(split="loo", core="0", targets="last", limit="9", dropout="0.1", lora="4", loss="lml").items()
+    assert len({out(f"--{name}", value) for name, value in flags}) == len(flags)
+
+
+def test_overwrite_loses_nothing(own, shop, monkeypatch):
+    """Catches a finished run lost to a mistyped flag or a learning rate that was too high, and a person's notes."""
+    (own / "notes.txt").write_text("mine")
+    before, aside = files(own), own.with_name("own.replaced")
+    with refuses(own, "--resume", "--overwrite"):
         train.main(command(shop, own))
-    assert files(own) == before
+    with refuses("plan 'IN:99'"):
+        train.main([*command(shop, own, plan="IN:99"), "--overwrite"])
+    assert files(own) == before and not aside.exists()
+    with monkeypatch.context() as patch, refuses("not finite at step 0"):
+        fails_at(patch, 1)
+        train.main([*command(shop, own), "--overwrite"])
+    assert files(aside) == before and not newest(own, "step")
+    with refuses(aside, "remove it first"):
+        train.main([*command(shop, own), "--overwrite"])
+    shutil.rmtree(own)
+    train.main(command(shop, own, max_steps=1))
+    assert files(aside) == before and newest(own, "best").name == "best-000001"
+
+
+def test_overwrite_after_a_new_prompt(own, shop, monkeypatch):
+    monkeypatch.setattr(data, "PROMPT", ("Bought: ", ", ", "; next: "))
     train.main([*command(shop, own, max_steps=1), "--overwrite"])
-    assert sorted(p.name for p in own.glob("*-0*")) == ["best-000001", "step-000001"]
 
 
-@pytest.mark.parametrize("flag", ["--overwrite", "--resume", "--resume=false"])
-@pytest.mark.parametrize("what", ["note.txt", "a model", "broken"])
+def test_only_own_checkpoints_are_pruned(own, shop):
+    """Catches a person's folder that is taken for a checkpoint, by pruning or by what looks for the newest."""
+    for name in ("best-000002-keep", "step-notes"):
+        (own / name).mkdir()
+    (own / "best-1000000.part").mkdir()
+    shutil.rmtree(own / "step-000008")
+    train.main([*command(shop, own), "--resume"])
+    assert sorted(p.name for p in own.glob("*-*") if p.is_dir() and p.suffix != ".part") == [
+        "best-000002-keep", newest(own, "best").name, "step-000008", "step-notes"]  # fmt: skip
+
+
+def test_one_run_a_folder(own, shop, monkeypatch):
+    """Catches two jobs that write into one folder, the second with --overwrite or --resume."""
+    tried = []
+
+    def second():
+        for more in ("--overwrite", "--resume"):
+            with refuses("another run is writing"):
+                train.main([*command(shop, own), more])
+            tried.append(more)
+
+    shutil.rmtree(own / "step-000008")
+    before_step(monkeypatch, 1, second)
+    assert train.main([*command(shop, own), "--resume"]) and len(tried) == 2
+    os.close(train.lock(own))  # and it is free afterwards
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+@pytest.mark.parametrize("what", ["note.txt", "a model", "nothing"])
 def test_a_folder_that_is_no_run_is_left_alone(what, flag, shop, base, tmp_path):
-    """Catches --overwrite on a Hugging Face folder, which has a config.json as well, or on someone's thesis."""
-    out = tmp_path / "out"
-    if what == "a model":
-        shutil.copytree(base, out)
-    else:
+    """Catches --overwrite on a Hugging Face folder or someone's thesis, and --resume with a mistyped --out."""
+    out = base if what == "a model" else tmp_path / "out"
+    if what == "note.txt":
         out.mkdir()
-        (out / ("config.json" if what == "broken" else what)).write_text('{"digest": "1')
+        (out / what).write_text("thesis")
     before = files(out)
-    with pytest.raises(InputError, match="no run of train.py, so it is left alone"):
-        train.main([*command(shop, out), flag])
-    assert files(out) == before
+    if (what, flag) != ("nothing", "--overwrite"):
+        with refuses(out, "no run of", "train.py"):
+            train.main([*command(shop, out), flag])
+    assert files(out) == before and out.exists() == (what != "nothing")
 
 
-def test_resume_without_a_run_begins_one(shop, tmp_path):
-    """A job that is restarted by a scheduler always says --resume. Catches a refusal of the empty start, and of a
-    folder in which the run was killed while it wrote its config."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json.part").write_text('{"data"')
-    train.main([*command(shop, tmp_path / "out", max_steps=1), "--resume"])
-    assert newest(tmp_path / "out", "step").name == "step-000001"
+def test_out_may_not_hold_what_the_run_needs(shop, base, tmp_path, monkeypatch):
+    (tmp_path / "here/deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/deep")
+    for out in (shop, shop.parent, base, ".", tmp_path / "here"):
+        with refuses("--out", "which this run needs"):
+            train.main([*command(shop, out, base), "--overwrite"])
 
 
 # --- stopping and resuming ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tiny", "lora", "full"])
-def test_a_stopped_run_resumes_to_the_same_bits(kind, run, shop, base, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bits(kind, run, shop, base, tmp_path, monkeypatch, capsys):
     """Catches a resume that forgets moments, dropout's generator, the order within or after an epoch, the losses since
     the last line of the log, or the best so far; and a stop that validates, and so could choose another best."""
-    flags = {"tiny": {}, "lora": dict(model=base, lora=4, lora_dropout=0.3), "full": dict(model=base, lora=0)}[kind]
-    flags["eval_every"] = 5 if kind == "full" else 3
-    argv = lambda name: command(shop, tmp_path / name, **flags)  # noqa: E731
+    monkeypatch.setattr(train, "LORA_DROPOUT", 0.05 if kind == "tiny" else 0.3)
+    flags = {"tiny": {}, "lora": dict(model=base, lora=4), "full": dict(model=base, lora=0, dropout=0.1)}[kind]
+    whole, parts = run, tmp_path / "parts"
     if kind != "tiny":
-        train.main(argv("whole"))
-    train_stopped(argv("parts"), 4)  # not at a validation, within an epoch of 5 steps
-    assert newest(tmp_path / "parts", "step").name == "step-000004"
-    train_stopped([*argv("parts"), "--resume"], 4)  # past the end of the epoch
-    train.main([*argv("parts"), "--resume"])
-    assert_same_run(run if kind == "tiny" else tmp_path / "whole", tmp_path / "parts")
-    if kind == "lora":
-        weights = load_file(tmp_path / "parts/step-000012/weights.safetensors")
-        assert (
-            weights
-            and all("lora_" in name for name in weights)
-            and any(v.any() for n, v in weights.items() if "_B" in n)
-        )
+        train.main(command(shop, whole := tmp_path / "whole", **flags))
+    train_stopped(command(shop, parts, **flags), 2)  # before the first validation
+    assert {p.name for p in parts.iterdir()} == {"config.json", "step-000002"}
+    said = capsys.readouterr().out
+    assert "stopped, nothing is lost" in said and "error" not in said
+    train_stopped([*command(shop, parts, **flags), "--resume"], 5, signal.SIGINT)  # past the end of the epoch
+    train_stopped([*command(shop, parts, **flags), "--resume"], 1)  # after the last step
+    assert not list(parts.glob("results*"))
+    train.main([*command(shop, parts, **flags), "--resume"])
+    assert_same_run(whole, parts)
+    moved = [n for n, v in load_file(parts / "step-000008/weights.safetensors").items() if v.any()]
+    assert kind != "lora" or (all("lora_" in n for n in moved) and any("lora_B" in n for n in moved))
 
 
-def test_a_stop_before_the_first_validation_or_at_the_end_resumes_too(run, shop, tmp_path):
-    """Catches a resume that needs a best model, and one that cannot go on where only the test is left."""
-    out = tmp_path / "out"
-    train_stopped(command(shop, out), 2)
-    assert {p.name for p in out.iterdir()} == {"config.json", "step-000002"}
-    train_stopped([*command(shop, out), "--resume"], 10)
-    assert newest(out, "step").name == "step-000012" and not (out / "results-test.json").exists()
-    train.main([*command(shop, out), "--resume"])
-    assert_same_run(run, out)
-
-
-def test_signals_are_given_back(shop, tmp_path, monkeypatch):
-    """Catches a SIGTERM or Ctrl-C that does nothing in the test at the end, for minutes on a large set."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    seen = []
-    monkeypatch.setattr(
-        train, "test", lambda *_: seen.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
-    )
-    train.main(command(shop, tmp_path / "out", max_steps=1))
-    assert seen == [before]
-    with train.Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):  # the second one ends it at once
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 1)
-
-
-def die_at(out: Path, n: int):
-    """SIGKILL before the n-th time that this process touches the file system under out."""
-    left = [n]
-
-    def hook(event, args):
-        if event in ("os.remove", "os.rmdir") or (
-            event in ("open", "os.rename", "os.mkdir") and str(out) in str(args[0])
-        ):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def assert_loadable(out: Path):
-    """Whatever bears a final name is complete."""
-    for place in out.glob("step-*"):
-        if place == newest(out, "step"):
-            state = json.loads((place / "state.json").read_text())
-            assert place.name == f"step-{state['step']:06d}" and len(load_file(place / "weights.safetensors")) == 38
-            assert len(load_file(place / "optimizer.safetensors")) == 3 * 38
-    if newest(out, "best"):
-        evaluation.load_run(out)
-    if (out / "metrics.jsonl").exists():
-        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, len(steps) + 1))
+def test_a_finished_run_resumed_prints_its_table_again(own, shop, run, capsys, monkeypatch):
+    monkeypatch.setattr(train, "update", None)
+    assert train.main([*command(shop, own), "--resume"])
+    assert "test split, 7 windows" in capsys.readouterr().out
+    assert_same_run(run, own)
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(shop, tmp_path):
-    """kill -9 before the 1st, 4th, 7th .. touch of the disk, resuming each time. Catches a checkpoint that bears its
+    """kill -9 before the 1st, 5th, 9th .. touch of the disk, resuming each time. Catches a checkpoint that bears its
     name before it is whole, the older one going first, a line of the log twice or never, and leftovers."""
-    flags = dict(max_steps=4, eval_every=1, limit=16, valid_limit=2, test_limit=2)
+    flags = dict(max_steps=3, eval_every=1, limit=16, eval_limit=2)
     train.main(command(shop, tmp_path / "whole", **flags))
-    out, kills = tmp_path / "out", 0
-    argv = [*command(shop, out, **flags), "--resume"]
-    for n in range(1, 200, 3):
-        code = ended(fork(argv, lambda n=n: die_at(out, n)))
-        assert code in (0, -signal.SIGKILL)
-        assert_loadable(out)
-        if code == 0:
-            break
+    out, kills, code = tmp_path / "out", -1, -signal.SIGKILL
+    while code:
         kills += 1
-    assert code == 0 and kills >= 6
+        argv = [*command(shop, out, **flags), *(["--resume"] if (out / "config.json").exists() else [])]
+        touch = iter([lambda: None] * 4 * kills + [lambda: os.kill(os.getpid(), signal.SIGKILL)]).__next__
+        code = ended(fork(lambda touch=touch, argv=argv: (on_writing(out, lambda: touch()()), train.main(argv))))
+        assert code in (0, -signal.SIGKILL) and kills < 30
+        if place := newest(out, "step"):  # whatever bears a final name is complete
+            assert json.loads((place / "state.json").read_text())["step"] == int(place.name[5:])
+            assert len(load_file(place / "weights.safetensors")) * 3 == len(load_file(place / "optimizer.safetensors"))
+        if newest(out, "best"):
+            evaluation.load_run(out)
+    assert kills >= 5
     assert_same_run(tmp_path / "whole", out)
 
 
-# --- bad resumes ----------------------------------------------------------------------------------------------------
+def program(name: str, argv: list[str], said: Path, stdout: int | None = None, before=lambda: None) -> int:
+    """python NAME ARGV in a child, what it says in the file said -> its exit code."""
+
+    def f():
+        with open(said, "w") as file:
+            os.dup2(stdout or file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", 1)  # in place of pytest's
+        sys.argv = [name, *argv]
+        before()
+        try:
+            runpy.run_path(str(REPO / name), run_name="__main__")
+        finally:
+            sys.stdout.flush()  # as Python does at its end
+
+    return ended(fork(f))
+
+
+def test_exit_codes(shop, tmp_path):
+    """130 after a stop with a checkpoint, which is no error; 1 and a sentence for what the user can mend."""
+    out, said = tmp_path / "out", tmp_path / "said"
+
+    def interrupt(event, args):
+        if event == "open" and "metrics.jsonl" in str(args[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert program("train.py", command(shop, out), said, before=lambda: sys.addaudithook(interrupt)) == 130
+    assert "stopped, nothing is lost" in said.read_text() and "error" not in said.read_text() and newest(out, "step")
+    assert program("train.py", ["--batchsize", "3"], said) == 1
+    assert said.read_text().strip() == "error: unknown argument --batchsize; did you mean --batch?"
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+def test_a_reader_that_has_seen_enough(name, own, shop, tmp_path):
+    """`| head` ends a program without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [*command(shop, own, plan="OR"), "--overwrite"] if name == "train.py" else ["--out", str(own)]
+    assert program(name, argv, tmp_path / "said", write) in (0, 130)
+    assert (tmp_path / "said").read_text() == ""
+
+
+def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
+    """Catches a run that goes on with other flags, constants, users or weights under the same names."""
+    mine, out, shop = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "out", write_data(tmp_path / "shop")
+    (mine / "source.json").write_text('{"holds": "SmolLM2, halved"}')
+    flags = dict(model=mine, lora=2, max_steps=1)
+    train.main(command(shop, out, **flags))
+    assert json.loads((out / "config.json").read_text())["base_source"] == "SmolLM2, halved"
+    assert json.loads((out / "results-test-limit7.json").read_text())["base"] == "SmolLM2, halved"
+    before = files(out)
+
+    def refused(*says, **more):
+        with refuses(*says):
+            train.main([*command(shop, out, **flags | more), "--resume"])
+        assert files(out) == before
+
+    refused("--resume", "batch was 8, now it is 9", "give the command that began", batch=9)
+    refused("plan was IN:1/4 OR CR:1/4, now it is OR", plan="OR")
+    refused("max_steps was 1, now it is 2", "best-STEP as --model", max_steps=2)
+    for module, name, value in ((train, "CLIP", 0.5), (data, "STRIDE", 3), (data, "HISTORY", 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            refused(f"{name} was", f"now it is {value}")
+    path = mine / "model.safetensors"
+    save_file({k: v * 1.5 for k, v in load_file(path).items()}, path)
+    refused("base_digest was")
+    write_data(shop, seed=1)
+    refused("--resume: digest was")
 
 
 def truncate(path: Path):
@@ -389,316 +415,211 @@ def foreign(path: Path):
     save_file({k + "x": v for k, v in load_file(path).items()}, path)
 
 
-def other_shape(path: Path):
-    save_file({k: v.new_zeros((*v.shape, 2)) for k, v in load_file(path).items()}, path)
-
-
-BAD = {
-    "flag": (lambda o: None, ["--batch", "9"], "--batch was 8, now it is 9; give the command that began"),
-    "plan": (lambda o: None, ["--plan", "OR"], "--plan was IN:1/4 OR CR:1/4, now it is OR"),
-    "weights": (lambda o: truncate(o / "step-000012/weights.safetensors"), [], "weights.safetensors: damaged"),
-    "optimizer": (lambda o: truncate(o / "step-000012/optimizer.safetensors"), [], "optimizer.safetensors: damaged"),
-    "gone": (lambda o: (o / "step-000012/optimizer.safetensors").unlink(), [], "optimizer.safetensors is missing"),
-    "foreign": (
-        lambda o: foreign(o / "step-000012/weights.safetensors"),
-        [],
-        "is not of the model that this run trains",
-    ),
-    "foreign moments": (
-        lambda o: foreign(o / "step-000012/optimizer.safetensors"),
-        [],
-        "is not of the model that this",
-    ),
-    "shape": (lambda o: other_shape(o / "step-000012/weights.safetensors"), [], "is not of the model that this run"),
-    "state": (lambda o: truncate(o / "step-000012/state.json"), [], "state.json: damaged"),
-    "state bytes": (lambda o: (o / "step-000012/state.json").write_bytes(b"\xff\x00"), [], "state.json: damaged"),
-    "state keys": (lambda o: (o / "step-000012/state.json").write_text('{"step": 12}'), [], "state.json: damaged"),
-    "state list": (lambda o: (o / "step-000012/state.json").write_text("[]"), [], "state.json: damaged"),
-    "config": (lambda o: truncate(o / "config.json"), [], "is no run of train.py"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_resume_is_one_sentence_and_changes_nothing(name, own, shop):
+@pytest.mark.parametrize("name, spoil", [
+    ("weights.safetensors", truncate), ("optimizer.safetensors", Path.unlink), ("optimizer.safetensors", foreign),
+    ("state.json", lambda p: p.write_text('{"step": 8}')), ("../config.json", truncate)])  # fmt: skip
+def test_a_damaged_run_is_one_sentence(name, spoil, own, shop):
     """Catches tracebacks, and a run that goes on from something else than its last checkpoint."""
-    spoil, more, says = BAD[name]
-    spoil(own)
-    before = files(own)
-    with pytest.raises(InputError, match=says) as e:
-        train.main([*command(shop, own), "--resume", *more])
-    assert "\n" not in str(e.value) and files(own) == before
+    spoil(own / "step-000008" / name)
+    with refuses(own, Path(name).name):
+        train.main([*command(shop, own), "--resume"])
 
 
-def test_resume_sees_that_the_data_has_changed(own, shop, tmp_path):
-    """Catches a run that goes on with other users under the same names."""
-    other = write_data(tmp_path / "shop", seed=1)
-    config = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps(config | {"data": str(other)}))
-    before = files(own)
-    with pytest.raises(InputError, match="the data has changed"):
-        train.main([*command(other, own), "--resume"])
-    assert files(own) == before
+# --- when the disk is full, the memory too small, or the loss not a number ------------------------------------------
 
 
-def test_moments_come_back_on_the_device_of_their_weights(own, shop):
-    """Catches AdamW's step count left on the CPU: the fused kernel on a GPU refuses it (meta plays the GPU here)."""
-    c = Config(**SMALL, vocab_size=load_file(own / "step-000012/weights.safetensors")["embed_tokens.weight"].shape[0])
-    model = Llama(c, "OR").to("meta")
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = json.loads((own / "step-000012/state.json").read_text())
-    train.load_step(own / "step-000012", model, optimizer, state)
-    assert {v.device.type for s in optimizer.state.values() for v in s.values()} == {"meta"}
-
-
-# --- when the disk is full, or the loss is not a number -------------------------------------------------------------
-
-
-def full_disk(patch, file: str, error: Exception):
-    """From now on a file of that name breaks off when it is written."""
-
-    def save(tensors, path, *args, **more):
-        if Path(path).name == file:
-            Path(path).write_bytes(b"the first blo")
-            raise error
-        return save_file(tensors, path, *args, **more)
-
-    def write_text(path, text):
-        if path.name == file:
-            path.write_bytes(text.encode()[:20])
-            raise error
-        return path.write_bytes(text.encode())
-
-    patch.setattr(train, "save_file", save)
-    patch.setattr(llama, "save_file", save)
-    patch.setattr(Path, "write_text", write_text)
-
-
-@pytest.mark.parametrize(
-    "file", ["weights.safetensors", "optimizer.safetensors", "model.safetensors", "state.json", "metrics.jsonl.part"]
-)
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "model.safetensors", "metrics.jsonl.part"])
 def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
     """Catches a traceback, a checkpoint that is not whole, the last one gone, and .part files that fill the disk."""
-    out, validate = tmp_path / "out", train.Trainer.validate
-    error = SafetensorError("No space left") if file[0] == "w" else OSError(28, "No space left on device")
-    calls = []
+    out, kept = tmp_path / "out", {}
 
-    def then_fill(self, windows):
-        calls.append(1)
-        if len(calls) == 2:
-            kept.update(files(out))
-            full_disk(patch, file, error)
-        return validate(self, windows)
+    def fill(patch):
+        kept.update({name: text for name, text in files(out).items() if name != "metrics.jsonl"})
+        patch.setattr(Path, "write_text", lambda path, text: write(path, lambda: path.write_bytes(text.encode())))
+        for module in (train, llama):
+            patch.setattr(module, "save_file", lambda x, path, **more: write(path, lambda: save_file(x, path, **more)))
 
-    kept = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "validate", then_fill)
-        with pytest.raises(InputError, match="could not be written .*No space left"):
-            train.main(command(shop, out))
-    now = files(out)
-    assert kept and all(now[name] == content for name, content in kept.items() if name != "metrics.jsonl")
+    def write(path, whole):
+        Path(path).write_bytes(b"the first blo") if Path(path).name == file else whole()
+        if Path(path).name == file:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, refuses("could not be written", "No space left"):
+        before_step(patch, 4, lambda: fill(patch))
+        train.main(command(shop, out))
+    assert kept and kept.items() <= files(out).items()
     assert newest(out, "step").name == "step-000003" and not list(out.rglob("*.part"))
-    evaluation.load_run(out)
-    if file == "optimizer.safetensors":
-        train.main([*command(shop, out), "--resume"])
-        assert_same_run(run, out)
+    train.main([*command(shop, out), "--resume"])
+    assert_same_run(run, out)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(what, shop, tmp_path, monkeypatch):
-    """Catches NaN weights in a checkpoint: also from an infinite gradient under a finite loss, whose clipping makes all
-    of it NaN. The message names the step and the examples."""
-    original, calls, kept = train.Trainer.nll, [], {}
+def test_an_infinite_gradient_ends_the_run_before_it_does_harm(shop, tmp_path, monkeypatch):
+    """Catches NaN weights in a checkpoint: under a finite loss, an infinite gradient's clipping makes all of it NaN."""
+    original, out, kept = train.loss_of, tmp_path / "out", {}
 
-    def nll(self, b):
-        loss, p = original(self, b), self.params[-1].flatten()[0]
-        if self.model.training:
-            calls.append(1)
-        if len(calls) >= 6:
-            kept.update(files(out))
-            loss = loss + (p * math.inf if what == "loss" else (p - p.detach()).sqrt())
-        return loss
+    def loss_of(r, b):
+        kept.update(files(out))
+        p = r.params[-1].flatten()[0]
+        return original(r, b) + (p - p.detach()).sqrt()
 
-    out = tmp_path / "out"
-    monkeypatch.setattr(train.Trainer, "nll", nll)
-    with pytest.raises(InputError, match="became (inf|nan) at step 5, on the training examples .*step-000003") as e:
-        train.main(command(shop, out, eval_every=3))
-    f = parse_flags(train.Flags, command(shop, out), "")
-    assert str(train.step_examples([None] * 37, 5, f).tolist()) in str(e.value)
+    before_step(monkeypatch, 6, lambda: monkeypatch.setattr(train, "loss_of", loss_of))
+    with refuses("at step 5", "--lr"):
+        train.main(command(shop, out))
     assert kept and files(out) == kept
-    assert all(v.isfinite().all() for v in load_file(out / "step-000003/weights.safetensors").values())
+
+
+def test_too_small_a_memory_names_remedies_that_work(shop, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", dict(max_steps=4, eval_every=2)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="memory.*--tokens.*--resume"):
+        before_step(patch, 3, lambda: torch.empty(1 << 60))
+        patch.setattr(sys, "argv", ["train.py", *command(shop, out, **flags)])
+        evaluation.run(train.main)
+    monkeypatch.setattr(train, "CHECKPOINTING", True)
+    assert train.main([*command(shop, out, tokens=99, **flags), "--resume"])
 
 
 # --- the same numbers however it is computed ------------------------------------------------------------------------
 
 
-def trainer(shop: Path, argv=(), dropout: float = 0.0) -> tuple[train.Trainer, data.Dataset]:
-    """A Trainer over a small Llama with spread-out weights, whose gradients are far from rounding."""
-    f = parse_flags(train.Flags, ["--lr", "0.001", "--clip", "1e9", *argv], "")
-    d = data.load(str(shop))
-    tokenizer = data.train_tokenizer(d.titles)
-    torch.manual_seed(0)
-    model = spread(Llama(Config(**SMALL, vocab_size=tokenizer.get_vocab_size()), f.plan))
-    if dropout:
-        model = spread(llama.add_lora(model, 4, 8, dropout))
-    cpu = torch.device("cpu")
-    t = train.Trainer(f, model, Catalogue(d.titles, tokenizer, 0), World(), cpu, torch.float32)
-    return t, d
+def make_run(shop: Path, *argv, **flags) -> train.Run:
+    """A run over a small Llama with spread-out weights, whose gradients are far from rounding."""
+    r = train.Run(flags_of(*command(shop, Path("unused"), **flags), *argv))
+    spread(r.model)
+    return r
 
 
-def gradients(t: train.Trainer, examples: list[Example]) -> tuple[float, list]:
-    """The loss of a step and the gradients its update sees."""
-    seen = []
-    t.optimizer.step = lambda: seen.extend(p.grad.clone() for p in t.params)
-    return t.step(examples, 0.0, 0, False)[0], seen
+def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> float:
+    coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in some]
+    return train.update(r, n, train.forwards(coded, r.args.tokens), data.n_title_tokens(r.cat, some), lr)
 
 
-def brute_force(t: train.Trainer, examples: list[Example]) -> tuple[torch.Tensor, int]:
+def brute_force(r: train.Run, some: list[Example]) -> tuple[torch.Tensor, int]:
     """Sum of -log p and number of the title tokens: one text after the other, all logits, the titles looked through."""
-    total, n, paths = 0.0, 0, [[*title.tolist(), 0] for title in t.cat.titles]
-    for history, k, target in [(e.history, k, target) for e in examples for k, target in e.targets]:
-        tokens, item = t.cat.prompt(history[:k])
-        title = paths[target]
-        text = torch.tensor([[*tokens, *title]])
-        items = torch.tensor([[*item, *[k + 1] * len(title)]])
-        z = t.model.logits(t.model(text, layout(items)))[0, len(tokens) - 1 :]
+    total, n, paths = 0.0, 0, [[*title.tolist(), 0] for title in r.cat.titles]
+    for history, k, target in [(e.history, k, target) for e in some for k, target in e.targets]:
+        (tokens, item), title = r.cat.prompt(history[:k]), paths[target]
+        text, items = torch.tensor([[*tokens, *title]]), torch.tensor([[*item, *[k + 1] * len(title)]])
+        z = r.model.logits(r.model(text, layout(items)))[0, len(tokens) - 1 :]
         for j, token in enumerate(title):
             n += 1
-            if t.f.loss == "lml":
+            if r.args.loss == "lml":
                 total = total + F.cross_entropy(z[j], torch.tensor(token))
             else:
                 may_follow = sorted({p[j] for p in paths if p[:j] == title[:j]})
-                total = total + torch.logsumexp(z[j, may_follow] / t.f.tau, 0) - z[j, token] / t.f.tau
+                total = total + torch.logsumexp(z[j, may_follow] / train.TAU, 0) - z[j, token] / train.TAU
     return total, n
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--loss", "msl", "--tau", "0.5"],
-        ["--loss", "lml"],
-        ["--loss", "msl", "--targets", "all"],
-        ["--loss", "msl", "--checkpointing"],
-    ],
-    ids=lambda a: " ".join(a).replace("--", ""),
-)
-def test_a_step_has_the_gradients_of_one_big_batch(argv, shop):
-    """Catches a mean over micro-batches instead of tokens, certain tokens left out of the mean, lost rows, a
-    temperature that is not applied, padding that counts, and branches of a history that see each other."""
-    t, d = trainer(shop, ["--tokens", "150", *argv])
-    t.model.checkpointing = t.f.checkpointing
-    examples = data.examples(d, t.f.targets, t.f.share_history)[:9]
-    assert len(t.shard(examples)[0]) >= 4
-    loss, found = gradients(t, examples)
-    total, n = brute_force(t, examples)
-    want = torch.autograd.grad(total / n, t.params)
-    assert loss == pytest.approx((total / n).item(), rel=1e-5)
-    for name, a, b in zip(dict(t.model.named_parameters()), found, want, strict=True):
-        assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.norm()) + 1e-9, msg=lambda m, name=name: f"{name}: {m}")
+@pytest.mark.parametrize("flags, tau", [(dict(loss="msl"), 0.5), (dict(loss="lml"), 1), (dict(targets="all"), 1),
+                                        (dict(targets="all", plan="IN-closed:1 OR CR:2"), 1)], ids=str)  # fmt: skip
+def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, shop, monkeypatch):
+    """Catches a mean over micro-batches instead of tokens, certain tokens left out of the mean, lost rows, padding that
+    counts, branches of a history that see each other, and clipping by value, parameter or micro-batch."""
+    monkeypatch.setattr(train, "TAU", tau)
+    r = make_run(shop, tokens=100, **flags)
+    total, n = brute_force(r, r.pool[:4])
+    want = torch.autograd.grad(total / n, r.params)
+    norm, seen = math.sqrt(sum(float(g.norm()) ** 2 for g in want)), []
+    r.optimizer.step = lambda: seen.append([p.grad.clone() for p in r.params])
+    for clip in (norm / 4, 1e9):
+        monkeypatch.setattr(train, "CLIP", clip)
+        assert step(r, r.pool[:4]) == pytest.approx((total / n).item(), rel=1e-5)
+        for (name, _), a, b in zip(r.model.named_parameters(), seen[-1], want, strict=True):
+            b = b * min(1, clip / norm)
+            assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.norm()) + 1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_tokens_change_the_memory_and_not_the_result(shop):
-    """Catches an update for each micro-batch, and gradients that are overwritten rather than summed."""
+@pytest.mark.parametrize("more", ["tokens", "checkpointing", "bfloat16", "compile"])
+def test_less_memory_or_time_trains_alike(more, shop, base, monkeypatch):
+    """Catches an update for each micro-batch, dropout that differs between forward and recomputation, half-precision
+    weights or sums, and a block that is compiled anew for every layer or batch until torch gives up."""
+    monkeypatch.setattr(train, "LORA_DROPOUT", 0.0 if more == "tokens" else 0.3)
+    if more == "compile":  # torch's graphs without its code generator: quick, and bit-equal
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     ends = []
-    for tokens in ("60", "100000"):
-        t, d = trainer(shop, ["--tokens", tokens, "--clip", "1"])
-        pool = data.examples(d)
-        counts = [len(t.shard(pool[8 * s : 8 * s + 8])[0]) for s in range(3)]
-        for s in range(3):
-            t.step(pool[8 * s : 8 * s + 8], 1e-3, s, False)
-        ends.append(t.params)
-        assert counts == ([8] * 3 if tokens == "60" else [1] * 3)
+    for argv in ([], {"bfloat16": ["--dtype", more], "compile": ["--compile"]}.get(more, [])):
+        r = make_run(shop, *argv, model=base, lora=4, tokens=60 if ends and more == "tokens" else 2048)
+        losses = [(step(r, r.pool[8 * n : 8 * n + 8], n=n), torch.initial_seed()) for n in range(2)]
+        assert losses[0][1] != losses[1][1]  # of dropout
+        ends.append([torch.tensor([loss for loss, _ in losses]), *r.params])
+        monkeypatch.setattr(train, "CHECKPOINTING", more == "checkpointing")
     for a, b in zip(*ends, strict=True):
-        assert_close(a, b, rtol=0, atol=1e-6)
+        assert a.dtype == b.dtype == torch.float32
+        assert_close(a, b, rtol=0, atol=0.05 if more == "bfloat16" else 1e-5 if more == "tokens" else 1e-6)
 
 
-def test_validation_is_the_mean_per_item_without_dropout(shop):
-    """Catches dropout in the validation, a mean per token or per micro-batch, and a model left in evaluation mode."""
-    t, d = trainer(shop, ["--tokens", "150"], dropout=0.5)
-    windows = d.valid[:5]
-    t.model.train()
-    first = t.validate(windows)
-    assert t.model.training
+def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
+    """Catches dropout in the validation, a mean per token or batch, a model left in evaluation mode, another tau."""
+    monkeypatch.setattr(train, "TAU", 0.5)
+    r, seen, real = make_run(shop, dropout=0.5), [], evaluation.predict
+    monkeypatch.setattr(evaluation, "predict", lambda d, c, s, some, a: seen.append(some) or real(d, c, s, some, a))
+    r.model.train()
+    first = train.validate(r)
     torch.manual_seed(5)
-    assert t.validate(windows) == first
-    t.model.eval()
-    nll = brute_force(t, data.window_examples(windows))[0].item() / 5
-    assert first["valid_nll"] == pytest.approx(nll, rel=1e-5)
-    decoder = evaluation.make_decoder(t.model, t.cat, vars(t.f))
-    found = evaluation.evaluate(decoder, t.cat, windows, evaluation.Flags(beam=99))  # all there is
-    assert first["valid_NDCG@10"] == evaluation.metrics(*evaluation.positions(found))["NDCG@10"] > 0
+    r.args.seed, r.args.batch = 3, 2
+    assert train.validate(r) == first and r.model.training and seen[0] == seen[1]  # so that runs can be compared
+    r.model.eval()
+    assert first["valid_nll"] == pytest.approx(brute_force(r, data.window_examples(seen[0]))[0].item() / 7)
 
 
-def test_clipping_bounds_the_norm_of_the_whole_gradient(shop):
-    """Catches clipping by value, by parameter, or per micro-batch."""
-    t, d = trainer(shop, ["--tokens", "150"])
-    examples = data.examples(d)[:8]
-    free = gradients(t, examples)[1]
-    norm = math.sqrt(sum(float(g.norm()) ** 2 for g in free))
-    t, _ = trainer(shop, ["--tokens", "150", "--clip", str(norm / 4)])
-    for a, b in zip(gradients(t, examples)[1], free, strict=True):
-        assert_close(a, b / 4, rtol=1e-4, atol=1e-7)
-
-
-def test_weight_decay_is_for_matrices_only(shop):
-    """Catches norms (and biases) that are pulled towards zero."""
-    t, d = trainer(shop, ["--weight_decay", "0.5"])
-    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
-    t.nll = lambda b: sum(0.0 * p.sum() for p in t.params)
-    t.step(data.examples(d)[:2], 0.1, 0, False)
-    for name, p in t.model.named_parameters():
+def test_weight_decay_is_for_matrices_only(shop, monkeypatch):
+    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.5)
+    r = make_run(shop)
+    before = {n: p.detach().clone() for n, p in r.model.named_parameters()}
+    monkeypatch.setattr(train, "loss_of", lambda r, b: sum(0.0 * p.sum() for p in r.params))
+    step(r, r.pool[:2], 0.1)
+    for name, p in r.model.named_parameters():
         assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if p.dim() > 1 else 1), msg=name)
 
 
-@pytest.mark.parametrize("more", [["--checkpointing"], ["--dtype", "bfloat16"], ["--compile"]], ids=lambda m: m[0][2:])
-def test_less_memory_or_time_trains_alike(more, shop, base, tmp_path, monkeypatch):
-    """Catches dropout that differs between forward and recomputation, half-precision weights or sums, and a block that
-    is compiled anew for every layer or batch until torch gives up and runs it as it is."""
-    if more[0] == "--compile":  # torch's graphs without its code generator: quick, and bit-equal
-        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    argv = lambda name: command(shop, tmp_path / name, base, lora=4, lora_dropout=0.3, max_steps=6)  # noqa: E731
-    train.main(argv("plain"))
-    train.main([*argv("less"), *more])
-    plain, less = (load_file(tmp_path / name / "step-000006/weights.safetensors") for name in ("plain", "less"))
-    assert all(v.dtype == torch.float32 for v in less.values())
-    far = max(float((plain[n] - less[n]).abs().max()) for n in plain)
-    assert far < (0.05 if more[0] == "--dtype" else 1e-6)
-    logs = [
-        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("plain", "less")
-    ]
-    for a, b in zip(*logs, strict=True):
-        assert a["valid_nll"] == pytest.approx(b["valid_nll"], rel=0.05 if more[0] == "--dtype" else 1e-6)
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+def note_calls(patch, log: Path, rank: str):
+    """Appends to log who reads the data, builds the model, encodes which example."""
+    for owner, name in ((data, "load"), (train, "build"), (data, "encode")):
+        real = getattr(owner, name)
+
+        def f(*args, real=real, name=name):
+            time.sleep(0.3 if rank == "0" and name != "encode" else 0)  # the other one would be first
+            with open(log, "a") as file:
+                print(name, rank, *([str(args[1])] if name == "encode" else []), file=file)
+            return real(*args)
+
+        patch.setattr(owner, name, f)
 
 
-def writes_nothing(out: Path):
-    def hook(event, args):
-        writing = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if (writing or event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove")) and str(out) in str(args[0]):
-            os._exit(9)
-
-    sys.addaudithook(hook)
-
-
-def test_two_processes_are_one(shop, tmp_path):
+def test_two_processes_are_one(shop, tmp_path, monkeypatch):
     """Catches a mean of means, examples done twice or never, a batch that leaves one process without examples, a loss
-    that is one process's own, results in another order, a second process that writes, and a stop that only the process
-    which got the signal knows of: the others would wait for it for ever."""
-    flags = dict(limit=33, max_steps=11, test_limit=9, lr=0.001)  # the 5th and 10th step have 1 example
-    train.main(command(shop, tmp_path / "one", **flags))
-    out = tmp_path / "two"
-    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    for hook, code in ((lambda: stop_in_step(pytest.MonkeyPatch(), 5), 1), (lambda: None, 0)):
-        hooks = [lambda: None, lambda hook=hook: (writes_nothing(out), hook())]  # the signal reaches one of them only
-        argv, env["MASTER_PORT"] = [*command(shop, out, **flags), "--resume"], free_port()
-        pids = [fork(argv, hooks[r], RANK=str(r), LOCAL_RANK=str(r), **env) for r in (0, 1)]
-        assert [ended(pid) for pid in pids] == [code, code]
-        assert newest(out, "step").name == ("step-000006" if code else "step-000011")
+    that is one process's own, results in another order, a second process that writes, reads before the first has
+    fetched, or encodes the first one's examples, and a stop that only the process knows of which got the signal."""
+    flags = dict(limit=33, max_steps=6, eval_limit=9, lr=0.001)  # the 5th step has 1 example
+    out, log, single = tmp_path / "two", tmp_path / "log", tmp_path / "single"
+    with monkeypatch.context() as patch:
+        note_calls(patch, single, "-")
+        train.main(command(shop, tmp_path / "one", **flags))
+
+    def process(rank: str, stop: int, argv: list[str]):
+        os.environ.update(env, RANK=rank, LOCAL_RANK=rank)
+        note_calls(pytest.MonkeyPatch(), log, rank)
+        if rank == "1":
+            on_writing(out, lambda: os._exit(9))
+            before_step(pytest.MonkeyPatch(), stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.main(argv) == (stop > 6)
+
+    for stop, more in ((4, []), (99, ["--resume"])):
+        argv = [*command(shop, out, **flags), *more]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", MASTER_PORT=port)
+        children = [fork(partial(process, rank, stop, argv)) for rank in ("0", "1")]
+        assert [ended(child) for child in children] == [0, 0] and newest(out, "step").name == f"step-{min(stop, 6):06d}"
+    calls, alone = ([line.split(maxsplit=2) for line in f.read_text().splitlines()] for f in (log, single))
+    assert [c[:2] for c in calls if c[0] == "build"] == [["build", "0"], ["build", "1"]] * 2
+    assert [c[:2] for c in calls if c[0] == "load"][:2] == [["load", "0"], ["load", "1"]]
+    assert sorted(c[2] for c in calls if c[0] == "encode") == sorted(c[2] for c in alone if c[0] == "encode")
     one, two = essence(tmp_path / "one"), essence(out)
     assert one.keys() == two.keys()
     for a, b in zip(one["metrics.jsonl"], two["metrics.jsonl"], strict=True):
@@ -706,230 +627,48 @@ def test_two_processes_are_one(shop, tmp_path):
     for name in (n for n in one if n.endswith(("weights.safetensors", "model.safetensors"))):
         for k, v in load_file(tmp_path / "one" / name).items():
             assert_close(load_file(out / name)[k], v, rtol=1e-5, atol=1e-5)
-    for a, b in zip(one["predictions-test.jsonl"], two["predictions-test.jsonl"], strict=True):
-        assert a | {"scores": 0} == b | {"scores": 0}
-    assert one["results-test.json"][0]["model"] == two["results-test.json"][0]["model"]
+    for a, b in zip(*(x["predictions-test-limit9.jsonl"] for x in (one, two)), strict=True):
+        assert a | {"scores": 0, "nll": 0} == b | {"scores": 0, "nll": 0}
 
 
-# --- the schedule ---------------------------------------------------------------------------------------------------
+# --- the schedule, the flags ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dry(shop, tmp_path, monkeypatch):
-    """dry(flags) -> what each step would have got, and what was validated on, without computing."""
-
-    def call(**flags):
-        steps, valid, scores = [], [], {"valid_nll": 1.0, "valid_NDCG@10": 0.0}
-        monkeypatch.setattr(train.Trainer, "step", lambda t, *args: steps.append(args) or (len(steps), False))
-        monkeypatch.setattr(train.Trainer, "validate", lambda t, w: valid.append(data.window_examples(w)) or scores)
-        monkeypatch.setattr(train.Trainer, "fed", 1, raising=False)
-        monkeypatch.setattr(train, "test", lambda *_: None)
-        monkeypatch.setattr(train, "save_step", lambda *_: None)
-        train.main([*command(shop, tmp_path / "dry", **flags), "--overwrite"])
-        return steps, valid
-
-    return call
-
-
-def test_the_learning_rate_rises_and_falls_to_a_tenth(dry):
-    """Catches an off-by-one at either end, a schedule that ignores --max_steps."""
-    steps, _ = dry(max_steps=40, warmup=0.1, lr=0.5)
-    rates = [lr for _, lr, *_ in steps]
-    assert len(rates) == 40
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5]) and max(rates) == 0.5
+def test_the_learning_rate_rises_and_falls_to_a_tenth(monkeypatch):
+    """Catches an off-by-one at either end."""
+    monkeypatch.setattr(train, "WARMUP", 0.1)
+    rates = [train.learning_rate(step, 40, 0.5) for step in range(40)]
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5]) and rates[21] == pytest.approx(0.5 * 0.55)
     assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False)) and rates[-1] == pytest.approx(0.05)
-    assert rates[21] == pytest.approx(0.5 * 0.55)  # halfway down
-    assert [lr for _, lr, *_ in dry(max_steps=1, warmup=0, lr=0.5)[0]] == [0.5]
+    assert train.learning_rate(0, 1, 0.5) == 0.5
 
 
-def test_epochs_are_permutations_and_dropout_has_a_seed_a_step(dry):
-    """Catches examples left out or seen twice, the same order in every epoch, and the same dropout in every step."""
-    steps, _ = dry(epochs=2.5)
-    assert [len(e) for e, *_ in steps] == [8, 8, 8, 8, 5] * 2 + [8, 8, 8]  # half an epoch is rounded up
-    one, two = ([str(e) for s in steps[a : a + 5] for e in s[0]] for a in (0, 5))
-    assert sorted(one) == sorted(two) and one != two and len({seed for *_, seed, _ in steps}) == 13
-    other, valid = dry(epochs=2.5, seed=1)
-    repeated = [str(e) for s in other[:5] for e in s[0]]
-    assert sorted(repeated) == sorted(one) and repeated != one  # --limit draws the same for every seed
-    assert not {seed for *_, seed, _ in steps} & {seed for *_, seed, _ in other}
+def test_every_epoch_has_each_example_once(shop, monkeypatch):
+    """Catches examples left out or seen twice, and the same order in every epoch; --limit draws alike for all seeds."""
+    seen = []
+    monkeypatch.setattr(data, "encode", lambda cat, e, only, f=data.encode: seen.append(str(e)) or f(cat, e, only))
+
+    def order(**flags) -> list[str]:
+        r = make_run(shop, **flags)
+        assert [train.get_batch(r, n)[1] > 0 for n in range(r.steps)]
+        return [seen.pop(0) for _ in range(len(seen))]
+
+    two, seeded, pool = order(epochs=1.9), order(epochs=1, seed=1), sorted(map(str, make_run(shop).pool))
+    assert sorted(two[:37]) == sorted(two[37:]) == sorted(seeded) == pool and len(pool) == 37
+    assert two[:37] != two[37:] and two[:37] != seeded
 
 
-def test_the_log_has_the_mean_loss_since_the_last_line(dry, tmp_path):
+def test_the_log_has_the_mean_loss_since_the_last_line(shop, tmp_path, monkeypatch):
     """Catches the last step's loss alone, or the mean since the start."""
-    dry(max_steps=7)  # its losses are 1, 2, 3 ..
-    log = [json.loads(line) for line in (tmp_path / "dry/metrics.jsonl").read_text().splitlines()]
+    losses = iter(range(1, 8))
+    monkeypatch.setattr(train, "update", lambda *_: float(next(losses)))
+    monkeypatch.setattr(train, "save_step", lambda *_: None)
+    train.main(command(shop, tmp_path / "out", max_steps=7))
+    log = lines(tmp_path / "out/metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in log] == [(3, 2.0), (6, 5.0), (7, 7.0)]
 
 
-def test_validation_examples_depend_on_nothing(dry):
-    """Catches runs whose validations cannot be compared: other windows by seed, limit, batch or step."""
-    several = [v for flags in ({}, dict(seed=3, limit=9, batch=2, max_steps=6)) for v in dry(**flags)[1]]
-    assert len(several) == 4 + 2 and len(several[0]) == 5 and all(v == several[0] for v in several)
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
-
-SAYS = {
-    ("--batchsize", "3"): r"unknown argument --batchsize; did you mean --batch\?",
-    ("--frobnicate",): "unknown argument --frobnicate; see --help",
-    ("--batch", "many"): "argument --batch: invalid int value: 'many'",
-    ("--resume", "yes"): "'yes' is neither true nor false",
-    ("--loss", "mls"): r"--loss mls is none of lml, msl; did you mean",
-    ("--targets", "lsat"): r"--targets lsat is none of auto, last, all; did you mean last\?",
-    ("--dtype", "float16"): "--dtype float16 is none of auto, float32, bfloat16",
-    ("--model", "smollm2"): r"--model smollm2 is none of tiny, smollm2-135m, .*; did you mean smollm2-135m\?",
-    ("--plan", "IN:3 OR:3 CR:3"): "covers 9 layers, but the model has 4",
-    ("--plan", "in:4"): "unknown layer kind 'in'",
-    ("--batch", "0"): "--batch must be above 0",
-    ("--tau", "nan"): "--tau must be above 0",
-    ("--max_steps", "0"): "--max_steps must be above 0",
-    ("--epochs", "-1"): "--epochs must not be below 0",
-    ("--lr", "-0.1"): "--lr must not be below 0",
-    ("--seed", "-1"): "--seed must not be below 0",
-    ("--limit", "-3"): "--limit must not be below 0",
-    ("--lora_dropout", "1.5"): "--lora_dropout is a share",
-    ("--warmup", "2"): "--warmup is a share",
-    ("--lora_targets", "qproj"): "no block has a linear layer qproj",
-}
-
-
-@pytest.mark.parametrize("argv", SAYS, ids=" ".join)
-def test_what_the_user_can_mend_is_one_sentence(argv, own, shop, base):
-    """Catches tracebacks, and a finished run that --overwrite removed before the flags were understood."""
-    before = files(own)
-    model = base if "--lora_targets" in argv else "tiny"
-    with pytest.raises(InputError, match=SAYS[argv]) as e:
-        train.main([*command(shop, own, model), "--overwrite", *argv])
-    assert "\n" not in str(e.value) and files(own) == before
-
-
-def test_too_few_users_are_one_sentence(shop, tmp_path):
-    """Catches a division by zero, and a best model that is simply the first, where there is nothing to validate on."""
-    few = write_data(tmp_path / "few", users=2)
-    with pytest.raises(InputError, match="0 / .* windows"):
-        train.main([*command(few, tmp_path / "out"), "--core", "0"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_too_small_a_memory_names_the_flags(shop, tmp_path, monkeypatch):
-    """Catches a traceback from CUDA, and a remedy that --resume then refuses."""
-    out, nll, calls = tmp_path / "out", train.Trainer.nll, []
-
-    def too_large(self, b):
-        calls.append(1)
-        if len(calls) > 10 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return nll(self, b)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "nll", too_large)
-        with pytest.raises(InputError, match=r"step \d+ does not fit .*--tokens \(now \d+\).*--checkpointing"):
-            train.main(command(shop, out, max_steps=9))
-    train.main([*command(shop, out, max_steps=9), "--resume", "--tokens", "99", "--checkpointing"])
-    assert (out / "results-test.json").exists()
-
-
-def test_defaults_by_model():
-    """Catches a default that overrides what was asked for, or that a pretrained model gets from tiny."""
-    asked = dict(targets="last", lr=0.5)
-    for model, flags, want in (
-        ("tiny", {}, ("all", 1e-3, 0)),
-        ("smollm2-135m", {}, ("last", 3e-4, 8)),
-        ("smollm2-135m", {"lora": 0}, ("last", 1e-4, 0)),
-        ("tiny", asked, ("last", 0.5, 0)),
-        ("path", asked | {"targets": "all", "lora": 2}, ("all", 0.5, 2)),
-    ):
-        f = train.resolve(train.Flags(model=model, **flags))
-        assert (f.targets, f.lr, f.lora) == want
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
-def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch):
-    """Catches half precision on a CPU that would emulate it, or for tiny, whose numbers should be any CPU's."""
-    for has, model, want in (
-        ({"avx512_bf16": True}, "smollm2-135m", torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, "path", torch.bfloat16),
-        ({"avx512_bf16": False, "avx2": True}, "path", torch.float32),
-        ({"avx512_bf16": True}, "tiny", torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
-        assert common.device_and_dtype("auto", model)[1] == want
-        assert common.device_and_dtype("float32", model)[1] == torch.float32
-
-
-def test_the_command_itself(shop, tmp_path):
-    """Catches a traceback or exit code 0 outside of main, once in a real process."""
-    ran = subprocess.run([sys.executable, "train.py", "--batchsize", "3"], cwd=REPO, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == "error: unknown argument --batchsize; did you mean --batch?\n"
-
-
-@pytest.mark.parametrize(
-    "error, says",
-    [
-        (InputError("no"), "error: no"),
-        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
-        (KeyboardInterrupt(), "interrupted"),
-    ],
-)
-def test_run_turns_what_the_user_can_mend_into_an_exit(error, says, monkeypatch):
-    """Catches a traceback for a disk that is full where no checkpoint is written."""
-
-    def main(argv):
-        raise error
-
-    with pytest.raises(SystemExit, match=says.replace("[", r"\[")):
-        common.run(main)
-
-
-def test_help_names_every_flag_with_its_default(capsys):
-    """Catches a field without a comment, or a comment with a % that argparse chokes on."""
-    with pytest.raises(SystemExit) as e:
-        parse_flags(train.Flags, ["--help"], train.__doc__)
-    text = " ".join(capsys.readouterr().out.split())
-    assert e.value.code == 0 and all(f"--{name}" in text for name in train.Flags.__dataclass_fields__)
-    assert "of the initial weights, the order of the examples, dropout (default: 0)" in text
-
-
-def test_flags_are_typed():
-    """Catches --resume false that is true, as any non-empty text is."""
-    f = parse_flags(train.Flags, "--resume --compile false --lr 1e-3 --batch=7 --plan".split() + ["IN:1 OR"], "")
-    assert (f.resume, f.compile, f.lr, f.batch, f.plan, f.tau) == (True, False, 1e-3, 7, "IN:1 OR", 1.0)
-
-
-# --- files that are whole -------------------------------------------------------------------------------------------
-
-
-def test_newest_counts_and_does_not_spell(tmp_path):
-    """Catches an order by name (step-999999 after step-1000000), and unfinished folders."""
-    assert newest(tmp_path / "none", "step") is None
-    for name in ("step-999999", "step-1000000", "step-2000000.part", "best-3000000", "step-x"):
-        (tmp_path / name).mkdir()
-    assert newest(tmp_path, "step").name == "step-1000000"
-
-
-def test_write_folder_and_write_json_are_whole_or_not_there(tmp_path, monkeypatch):
-    """Catches an old version that is lost when the new one fails, and what a killed process left in the way."""
-    place = tmp_path / "best-000001"
-    (tmp_path / "best-000001.part").mkdir()
-    (tmp_path / "best-000001.part/rubbish").write_text("x")
-    write_folder(place, lambda folder: (folder / "a").write_text("1"))
-    assert files(tmp_path) == {"best-000001/a": b"1"}
-    write_json(tmp_path / "x.json", {"a": 1})
-    before = files(tmp_path)
-    with pytest.raises(InputError, match="could not be written"):
-        write_folder(place, lambda folder: (folder / "none/a").write_text("2"))
-    monkeypatch.setattr(common, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(InputError, match="x.json could not be written"):
-        write_json(tmp_path / "x.json", {"a": 2})
-    assert files(tmp_path) == before
-
-
-@pytest.mark.parametrize("n, size", [(7, 3), (2, 3), (0, 2), (6, 2)])
-def test_gather_undoes_the_sharing(n, size, monkeypatch):
-    """Catches predictions that are attributed to other users when the windows do not divide evenly."""
-    values, world = list(range(n)), World()
-    world.size = size
-    fake = lambda parts, own: parts.__setitem__(slice(None), [values[r::size] for r in range(size)])  # noqa: E731
-    monkeypatch.setattr(common.dist, "all_gather_object", fake)
-    assert world.gather(values[1::size]) == values
+@pytest.mark.parametrize("flag, value", [("seed", "20000000000"), ("epochs", "inf"), ("lr", "nan"), ("batch", "0")])
+def test_a_flag_out_of_range_is_named(flag, value):
+    with refuses(f"--{flag}", value):
+        train.main([f"--{flag}", value])

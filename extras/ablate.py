@@ -1,0 +1,329 @@
+"""Which plan is best, by how much, and where a model looks: many runs of train.py, a table, figures.
+
+    python -m extras.ablate run --data books,office --seeds 0,1,2 --max_steps 800   # every plan; ends with the table
+    python -m extras.ablate run --data beauty --model smollm2-135m --plans "OR;IN:1/4 OR CR:1/4"
+    python -m extras.ablate table --out out/ablate --seen 0 0    # again, of targets that never occur in training alone
+    python -m extras.ablate attention --out out/ablate/books-OR-s0 --plot looks.png
+    python -m extras.ablate curves --out out/ablate --plot curves.png
+
+`run` hands every flag that is not its own to train.py. The same command again skips what is finished and resumes the
+rest. Several GPUs: start it on each, with other --seeds or --data and the same --out. N: test windows.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import train
+from eval import NAMES, gains, load_data, load_run, metrics, number, parse_flags, popularity, positions, run
+from hatllm import PLAN, InputError, layout
+from model import Llama, load, read_json, rope, write_json
+
+PLANS = (  # the most valuable first: what is finished when time runs out should answer something
+    "OR",  # the plain LLM
+    PLAN,
+    "IN:1/4 OR",  # each half of the method alone
+    "OR CR:1/4",
+    "CR:1/4 OR IN:1/4",  # swapped: is it the masks, or where they are?
+    "IN-closed:1/4 OR CR:1/4",
+)
+COLUMNS = (*NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
+PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
+NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
+mean over seeds, 95% bootstrap interval over users, which says nothing about what other seeds would change"""
+GROUPS = ("header", "title", "history")  # queries: the token before the title, the title's, the history items'
+PARTS = ("within", "across", "context", "first")  # keys: the same item, other items, context, the text's first token
+
+
+# --- run: seeds x data sets x plans -----------------------------------------------------------------------------------
+
+
+def tested(place: Path, c: dict, name: str) -> Path:
+    """results.json or predictions.jsonl of the test of the run in place, whose flags are c."""
+    return place / name.replace(".", f"-test-limit{c['eval_limit']}." if c["eval_limit"] else "-test.")
+
+
+def once(place: Path, argv: list[str]) -> bool:
+    """A run of train.py in place, from where it stands -> False if it was asked to stop."""
+    gc.collect()  # a model refers to itself, so that the last run's holds its memory until now
+    argv = [*argv, "--out", str(place), *(["--resume"] if (place / "config.json").exists() else [])]
+    args = train.resolve(parse_flags(train.make_parser(), argv))
+    if tested(place, vars(args), "results.json").exists():
+        train.check_same(read_json(place / "config.json"), train.Run(args))
+        print("finished already", flush=True)
+        return True
+    if args.compile:
+        torch.compiler.reset()  # else this run's blocks count as recompilations of the last one's
+    return train.main(argv)
+
+
+def run_all(args, theirs: list[str]) -> bool:
+    """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
+    for seed in args.seeds.split(","):  # a mistyped flag ends it here, not in every run
+        flags = parse_flags(train.make_parser(), [*theirs, "--seed", seed])
+    if flags.resume or flags.overwrite:
+        raise InputError(
+            "--resume is chosen for every run, --overwrite for none; to begin a run again, remove its folder"
+        )
+    plans, failed = [" ".join(plan.split()) for plan in args.plans.split(";")], []
+    todo = [(seed, name, plan) for seed in args.seeds.split(",") for name in args.data.split(",") for plan in plans]
+    for i, (seed, name, plan) in enumerate(todo, 1):
+        place = Path(args.out) / f"{Path(name).name}-{train.slug(plan)}-s{seed}"
+        print(f"\n[{i}/{len(todo)}] {place}", flush=True)
+        try:
+            if not once(place, [*theirs, "--data", name, "--plan", plan, "--seed", seed]):
+                print("the runs after it do not begin; the same command of extras.ablate goes on")
+                return False
+        except Exception as e:
+            if not isinstance(e, InputError):
+                traceback.print_exc()
+            failed.append(f"\n  {place.name}: {e or type(e).__name__}")
+            print(f"failed: {e}", flush=True)
+    if len(failed) < len(todo):
+        make_table(argparse.Namespace(out=args.out, seen=None))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(todo)} runs failed, the others are done:{''.join(failed)}")
+    return True
+
+
+# --- table: the plans against the plain LLM ---------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+
+
+def setting(c: dict) -> str:
+    """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
+    free = "data model plan seed out tokens compile resume overwrite".split()
+    usual = vars(train.resolve(train.make_parser().parse_args([f"--model={c['model']}"])))
+    flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c[k] != v]
+    now = {k: getattr(train, k, getattr(data, k, None)) for k in c["constants"]}
+    edited = [f"{k} = {v}" for k, v in c["constants"].items() if v != json.loads(json.dumps(now[k]))]
+    source = [f"({c['base_source']})"] if c["base_source"] != c["base"] else []  # it may be another than its name says
+    return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
+
+
+def read_run(place: Path, c: dict, items: set[str] | None) -> dict:
+    """What the table needs of a run, of the windows whose target is in items."""
+    predictions = read_lines(tested(place, c, "predictions.jsonl"))
+    predictions = [p for p in predictions if items is None or p["target"] in items]
+    if not predictions:
+        raise InputError(f"--seen: {place} has no test window with such a target")
+    at, nll = positions(predictions), np.array([p["nll"] for p in predictions])
+    best = max(read_lines(place / "metrics.jsonl"), key=train.merit)
+    valid = {name: best[name] for name in ("valid_NDCG@10", "valid_nll")}
+    own = c | {"place": place, "windows": [(p["user"], p["target"]) for p in predictions]}
+    return own | {"NDCG@10": gains(*at, 10), "nll": nll, "metrics": metrics(*at) | {"nll": nll.mean()} | valid}
+
+
+def over_seeds(runs: list[dict]) -> dict:
+    """name -> mean, std over runs; std is that of a sample, None for one run."""
+    values = {name: np.array([r[name] for r in runs]) for name in runs[0]}
+    return {k: {"mean": v.mean(), "std": v.std(ddof=1) if len(v) > 1 else None} for k, v in values.items()}
+
+
+def interval(difference: np.ndarray, users: list[str], resamples: int = 2000) -> list[float]:
+    """95% bootstrap interval of the mean of difference (N,), over users: the windows of a user resemble each other."""
+    at = np.unique(users, return_inverse=True)[1]
+    total, n = np.bincount(at, difference), np.bincount(at)
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(0, len(n), len(n)) for _ in range(resamples))
+    return np.percentile([total[draw].sum() / n[draw].sum() for draw in draws], [2.5, 97.5]).tolist()
+
+
+def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
+    """A metric of a plan's runs less that of the plain LLM's, window by window, mean over the seeds that both have."""
+    pairs = [(a, b) for a in runs for b in plain if a["seed"] == b["seed"] and a is not b]
+    for a, b in pairs:
+        if a["windows"] != b["windows"]:
+            raise InputError(f"{a['place']} and {b['place']} were tested on different windows; evaluate one again")
+    if not pairs:
+        return None
+    difference = np.mean([a[name] - b[name] for a, b in pairs], 0)  # (N,)
+    low, high = interval(difference, [user for user, _ in pairs[0][0]["windows"]])
+    return {"mean": difference.mean(), "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
+
+
+def rows_of(runs: list[dict], c: dict, popular: dict, out: Path) -> list[dict]:
+    """Popularity, SASRec if extras/sasrec.py tried it on this split, then the plans in the order of PLANS."""
+    rows, n = [{"name": "popularity", "seeds": [], "metrics": over_seeds([popular])}], len(runs[0]["windows"])
+    name = f"baselines-{Path(c['data']).name}-{c['split']}.json"
+    for b in [read_json(path) for folder in (out, out.parent) for path in folder.glob(name)]:
+        if b.get("digest") == c["digest"]:
+            title = "SASRec" + (f" (on {b['popularity']['n']:,} windows)" if b["popularity"]["n"] != n else "")
+            each = [{k: r["test"][k] for k in NAMES} for r in b["runs"]]
+            rows.append({"name": title, "seeds": [*range(len(each))], "metrics": over_seeds(each)})
+    plans = sorted({r["plan"] for r in runs})
+    for plan in sorted(plans, key=[*PLANS, *plans].index):
+        own, plain = ([r for r in runs if r["plan"] == p] for p in (plan, "OR"))
+        row = {"name": plan, "seeds": [r["seed"] for r in own], "metrics": over_seeds([r["metrics"] for r in own])}
+        rows.append(row | {"difference": {name: against(own, plain, name) for name in PAIRED}})
+    return rows
+
+
+def markdown(title: str, n: int, rows: list[dict]) -> str:
+    head = ["plan", "seeds", *COLUMNS, *(f"{name} - all-OR" for name in PAIRED)]
+    lines = [f"## {title}\n\n{n:,} test windows\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in rows:
+        cells = [r["name"], ", ".join(map(str, r["seeds"]))]
+        for v in (r["metrics"].get(name) for name in COLUMNS):
+            std = f" ± {v['std']:.4f}" if v and v["std"] is not None else ""
+            cells.append(f"{v['mean']:.4f}{std}" if v else "")
+        for x in (r.get("difference", {}).get(name) for name in PAIRED):
+            cells.append(f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def make_table(args):
+    out, groups, made = Path(args.out), {}, []
+    for place in sorted(p.parent for p in out.glob("*/metrics.jsonl")):
+        c = read_json(place / "config.json", {"constants": dict})
+        if tested(place, c, "results.json").exists():
+            groups.setdefault((setting(c), c["digest"], c["base_digest"]), []).append((place, c))
+    if not groups:
+        raise InputError(f"--out {out}: no finished run is there; `python -m extras.ablate run` makes them")
+    for (title, *_), own in sorted(groups.items()):
+        (place, c), items = own[0], None
+        popular = read_json(tested(place, c, "results.json"), {"popularity": dict})["popularity"]
+        if args.seen:
+            d, (least, most) = load_data(place, c), args.seen
+            items = {x for x, n in zip(d.ids, d.counts, strict=True) if least <= n <= most}
+            test = d.test[: c["eval_limit"] or None]
+            popular = metrics(*popularity(d, [w for w in test if d.ids[w.target] in items]))
+            title += f", targets that occur {least} to {most} times in training"
+        runs = sorted((read_run(place, c, items) for place, c in own), key=lambda r: r["seed"])
+        made.append({"setting": title, "n": len(runs[0]["windows"]), "rows": rows_of(runs, c, popular, out)})
+    text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "table.json", {"tables": made})
+    print(f"\n{text}\n\n{out}/table.md, {out}/table.json")
+
+
+# --- attention, curves: where the model looks, layer by layer; how it learnt ------------------------------------------
+
+
+@torch.inference_mode()
+def shares(model: Llama, coded: list[dict], budget: int = 4096) -> Tensor:
+    """Texts of one target each, as data.encode makes them -> (layers, GROUPS, PARTS), mean over heads and all queries
+    of a group. To the header every item is another one, so it has nothing `within`; a token is within its own item."""
+    total, n = torch.zeros(len(model.layers), len(GROUPS), len(PARTS)).double(), torch.zeros(len(GROUPS), 1).double()
+    for b in train.forwards(coded, budget):
+        b = b.to(model.head.device)
+        lay, own, other = layout(b.item), b.item[:, :, None], b.item[:, None, :]
+        within, first = (own > 0) & (own == other), torch.zeros_like(lay.sees)
+        first[:, :, 0] = True
+        parts = torch.stack((within, (other > 0) & ~within, (other == 0) & ~first, first)).double()  # (PARTS, B, T, T)
+        title = b.item == b.item.amax(1, keepdim=True)
+        groups = torch.stack((title.roll(-1, 1) & ~title, title, (b.item > 0) & ~title)).double()  # (GROUPS, B, T)
+        n += groups.sum((1, 2)).cpu()[:, None]
+        x, cos_sin = model.embed_tokens(b.tokens), rope(model.config, lay.pos)
+        for layer, block in enumerate(model.layers):
+            q, k, _ = (y.double() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, D), as q
+            z = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~lay.mask(block.kind), -torch.inf)
+            total[layer] += torch.einsum("gbq,bqk,pbqk->gp", groups, z.softmax(-1).mean(1), parts).cpu()
+            x = block(x, cos_sin, lay)
+    return total / n
+
+
+def show_attention(args):
+    model, cat, d, c = load_run(args.out, args.data, args.base or "")
+    some = np.sort(np.random.default_rng(0).permutation(len(d.test))[: args.users])
+    coded = [data.encode(cat, e, False) for e in data.window_examples([d.test[i] for i in some])]
+    asked, models, panels = [("trained", c["plan"])], [], {}
+    if args.base is not None:
+        if not c["base"]:
+            raise InputError(f"--base: {args.out} was trained from scratch, there is no base to compare with")
+        asked += [("base", plan) for plan in dict.fromkeys(("OR", c["plan"]))]
+    print(f"share of attention, mean over heads and queries, {len(some)} test windows; {setting(c)}")
+    for which, plan in asked:
+        if which == "base":
+            model = load(args.base or c["base"], plan, model.head.dtype).to(model.head.device).eval()
+        name, share = f"{which}, plan {plan}", shares(model, coded)
+        print(f"\n{name}\n{'layer':<14}" + "".join(f"{group:<36}" for group in GROUPS))
+        print(" " * 12 + "".join(f"{part:>9}" for part in PARTS * len(GROUPS)))
+        for i, (kind, row) in enumerate(zip(model.plan, share.flatten(1).tolist(), strict=True), 1):
+            print(f"{i:>2} {kind:<9}" + "".join(f"{v:9.3f}" for v in row))
+        models.append({"model": name, "layers": model.plan, "share": share.tolist()})
+        for g, group in enumerate(GROUPS):
+            lines = [(part, range(1, len(share) + 1), share[:, g, p]) for p, part in enumerate(PARTS)]
+            panels[f"{name}: {group}, by layer"] = lines
+    saved = {"setting": setting(c), "groups": GROUPS, "parts": PARTS, "n": len(some), "models": models}
+    write_json(Path(args.out) / "attention.json", saved)
+    if args.plot:
+        draw(args.plot, panels)
+
+
+def show_curves(args):
+    logs = {str(file.parent): read_lines(file) for out in args.out for file in sorted(Path(out).rglob("metrics.jsonl"))}
+    if not logs:
+        raise InputError(f"--out {' '.join(args.out)}: no metrics.jsonl is there; train.py writes it at a validation")
+    panels = {}
+    for title in ("loss", "valid_nll", "valid_NDCG@10"):
+        panels[title] = [(name, [m["step"] for m in log], [m[title] for m in log]) for name, log in logs.items()]
+    draw(args.plot, panels)
+
+
+def draw(path: str, panels: dict[str, list]):
+    """title -> lines (label, x, y), three panels a row, into a png file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    fig = Figure(figsize=(13.5, len(panels) * 1.1), layout="constrained")
+    for ax, (title, lines) in zip(fig.subplots(len(panels) // 3, 3).flat, panels.items(), strict=True):
+        for label, x, y in lines:
+            ax.plot(x, y, ".-", label=label)
+        ax.set_title(title, fontsize=8)
+    ax.legend(fontsize=6)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=150)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, count = p.add_subparsers(dest="command", required=True), number(int, 0)
+    add = commands.add_parser("run", help="train every plan").add_argument
+    add("--data", default="ml-100k", help="data sets, separated by commas (default: %(default)s)")
+    add("--plans", default=";".join(PLANS), help="separated by semicolons (default: %(default)s)")
+    add("--seeds", default="0", help="separated by commas (default: %(default)s)")
+    add("--out", default="out/ablate", help="folder of the runs and the table; other flags are those of train.py")
+    add = commands.add_parser("table", help="the plans against the plain LLM").add_argument
+    add("--out", default="out/ablate", help="folder of the runs; baselines-*.json are looked for in it and beside it")
+    add("--seen", nargs=2, type=count, metavar=("LEAST", "MOST"), help="only targets so often in training: 0 0, 1 4")
+    add = commands.add_parser("attention", help="where a model looks, layer by layer").add_argument
+    add("--out", default="out", help="folder of a run of train.py")
+    add("--data", default="", help="its data set's folder, if that has moved")
+    add("--base", nargs="?", const="", metavar="FOLDER", help="also its base, in FOLDER if that has moved")
+    add("--users", type=number(int, 1), default=64, help="test windows, drawn by a fixed seed (default: %(default)s)")
+    add("--plot", help="draw the shares by layer into this png file")
+    add = commands.add_parser("curves", help="loss and validation along the steps").add_argument
+    add("--out", nargs="+", default=["out/ablate"], help="runs of train.py, or folders of such runs")
+    add("--plot", default="curves.png", help="png file to draw into (default: %(default)s)")
+    return p
+
+
+def main(argv: list[str]) -> bool:
+    """-> False if a run was asked to stop."""
+    args, theirs = make_parser().parse_known_args(argv)
+    if args.command == "run":
+        return run_all(args, theirs)
+    show = {"table": make_table, "attention": show_attention, "curves": show_curves}
+    show[args.command](parse_flags(make_parser(), argv))
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(0 if run(main) else 130)

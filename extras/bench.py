@@ -1,0 +1,269 @@
+"""Speed side by side with transformers + peft: the same weights, prompts and beams, the plain plan OR, in turns.
+
+    python -m extras.bench decode --beams 20 --score trie    # Decoder.search against generate()
+    python -m extras.bench train --batch 8                   # train.update against LlamaForCausalLM with peft's LoRA
+    python -m extras.bench cache --users 32                  # prefill with and without the item cache of IN-closed
+
+All check that the answers agree. ratio: how many times as fast as the first side, the median over rounds, so that
+others on the machine do little harm. MiB: what a run adds, at its peak, to the weights, which both sides share. The
+last line is one JSON object with all numbers. Needs requirements-dev.txt.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import model as llama
+import train as training
+from decode import Decoder
+from eval import number, parse_flags, run
+from hatllm import InputError
+
+
+def set_up(args, plan: str = "OR") -> tuple[training.Run, list[Tensor], dict]:
+    """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
+    what the numbers hold for, which is printed."""
+    flags = ["--data", args.data, "--model", args.model, "--plan", plan, "--dtype", args.dtype, "--lora", "0"]
+    r = training.Run(training.resolve(training.make_parser().parse_args([*flags, "--loss", "lml"])))
+    r.model.to(r.dtype).eval()
+    machine = torch.cuda.get_device_name() if r.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    head = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__}
+    head |= vars(args) | {"dtype": str(r.dtype)[6:], "base_source": r.config["base_source"]}
+    print(" | ".join(f"{k} {v}" for k, v in head.items() if v != ""))
+    users = np.random.default_rng(0).permutation(len(r.d.test))[: args.users]
+    prompts = data.collate_prompts(r.cat, [r.d.test[i].history for i in users])
+    return r, [x.to(r.device) for x in prompts], head
+
+
+def transformers_model(model: llama.Llama):
+    """The same Llama by transformers, on the same tensors: none is copied."""
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**model.config.to_json()))
+    weights = {llama.hf_name(n): p.data for n, p in model.named_parameters() if llama.hf_name(n)}
+    theirs.to(model.head.device).load_state_dict(weights, strict=False, assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def memory() -> tuple[float, float]:
+    """MiB now, and at the peak since `measure` began (on a GPU, what is allocated); 0 where none is known."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.exists() else "VmRSS: 0 VmHWM: 0 "
+    return tuple(float(text.split(name)[1].split()[0]) / 1024 for name in ("VmRSS:", "VmHWM:"))
+
+
+def measure(f, *args) -> tuple[object, float, float]:
+    """f(*args) -> its result, seconds, and the MiB that its peak lay above what was there before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (reset := Path("/proc/self/clear_refs")).exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    before, start = memory()[0], time.perf_counter()
+    out = f(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return out, time.perf_counter() - start, memory()[1] - before
+
+
+def in_turns(sides: dict, rounds: int, unit: str, n: float) -> dict[str, tuple[list, dict]]:
+    """name -> results, and a row of the table; one call does n units. Every round calls f(round) of all sides, to and
+    fro. The first round warms up: its time and memory do not count."""
+    runs, out = {name: [] for name in sides}, {}
+    for r in range(rounds):
+        for name in list(sides)[:: -1 if r % 2 else 1]:
+            runs[name].append(measure(sides[name], r))
+    first = [seconds for _, seconds, _ in next(iter(runs.values()))][1:]
+    for name, own in runs.items():
+        results, (_, *seconds), (_, *mib) = zip(*own, strict=True)
+        row = {"": name, f"{unit}/s": n / statistics.median(seconds), "MiB": statistics.median(mib)}
+        out[name] = results, row | {"ratio": statistics.median(a / b for a, b in zip(first, seconds, strict=True))}
+    return out
+
+
+def show(rows: list[dict]):
+    def text(v) -> str:
+        return v if isinstance(v, str) else "" if v is None else f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}"
+
+    lines = [list(rows[-1]), *([text(r.get(name)) for name in rows[-1]] for r in rows)]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print("\n".join("  ".join([x[0].ljust(wide[0]), *map(str.rjust, x[1:], wide[1:])]) for x in lines))
+
+
+def generator(model: llama.Llama, cat: data.Catalogue):
+    """transformers' constrained beam search, as its users write it: a dict from the title so far to what may follow."""
+    from transformers import GenerationConfig
+
+    theirs, eos, leaf_of, allowed = transformers_model(model), model.config.eos_token_id, {}, {}
+    for title, leaf in zip(cat.titles, cat.trie.leaf_of_item.tolist(), strict=True):
+        path = (*title.tolist(), eos)
+        leaf_of[path] = leaf
+        for n, token in enumerate(path):
+            allowed.setdefault(path[:n], set()).add(token)
+    allowed = {prefix: list(tokens) for prefix, tokens in allowed.items()}
+
+    def search(tokens: Tensor, item: Tensor, k: int, beam: int, score: str, scores: bool = True) -> list:
+        """Right-padded prompts (B, T) -> [(leaf, score)] per user; scores False: without them, or their memory."""
+        T, length = tokens.shape[1], (item >= 0).sum(1, keepdim=True)
+        at = (torch.arange(T, device=tokens.device) + length) % T  # the padding comes first
+        config = GenerationConfig(
+            num_beams=beam, num_return_sequences=k, max_new_tokens=max(map(len, leaf_of)), do_sample=False,
+            length_penalty=0.0, early_stopping=False, renormalize_logits=score == "trie", pad_token_id=eos,
+            eos_token_id=eos, return_dict_in_generate=True, output_scores=scores,
+        )  # fmt: skip
+        out = theirs.generate(
+            tokens.gather(1, at), attention_mask=(item >= 0).long().gather(1, at), generation_config=config,
+            prefix_allowed_tokens_fn=lambda _, ids: allowed.get(tuple(ids[T:].tolist()), [eos]),
+        )  # fmt: skip
+        titles = [tuple(t[: t.index(eos) + 1] if eos in t else t) for t in out.sequences[:, T:].tolist()]
+        values = out.sequences_scores.tolist() if scores else [0.0] * len(titles)
+        found = [(leaf_of.get(t, -1), v) for t, v in zip(titles, values, strict=True)]
+        return [found[b : b + k] for b in range(0, len(found), k)]
+
+    return search
+
+
+def agreement(ranking, theirs: list) -> dict:
+    """exact: share of users whose list is certainly the best. equal: users with the same list on both sides. common:
+    share of titles on both lists. gap: the largest difference of their scores. fed: title tokens read per user."""
+    ours = [dict(zip(*x, strict=True)) for x in zip(ranking.leaf.tolist(), ranking.score.tolist(), strict=True)]
+    both = list(zip(ours, map(dict, theirs), strict=True))
+    gaps = [abs(a[x] - b[x]) for a, b in both for x in a.keys() & b.keys()]
+    equal, common = sum(list(a) == list(b) for a, b in both), len(gaps) / sum(map(len, ours))
+    exact, fed = (float(x.float().mean()) for x in (ranking.exact, ranking.fed))
+    return {"exact": exact, "equal": equal, "common": common, "gap": max(gaps, default=None), "fed": fed}
+
+
+def compare(ours: Decoder, generate, score: str, prompts: list[Tensor], beam: int, rounds: int) -> list[dict]:
+    k = min(10, beam, ours.trie.n_leaves)
+    sides = {"transformers": lambda r: generate(*prompts, k, beam, score, scores=r == 0)}
+    sides["exact"] = lambda r: ours.search(*prompts, k, beam)
+    sides["beam"] = lambda r: ours.search(*prompts, k, beam, limit=0)
+    (lists, first), *own = in_turns(sides, rounds, "users", len(prompts[0])).values()
+    rows = [first, *(row | agreement(found[0], lists[0]) for found, row in own)]
+    return [row | {"": f"{score} {beam} {row['']}"} for row in rows]
+
+
+def decode(args) -> dict:
+    r, (*prompts, _), head = set_up(args)
+    generate, rows = generator(r.model, r.cat), []
+    for score in args.score:
+        ours = Decoder(r.model, r.cat.trie, score)
+        for beam in args.beams:
+            rows += compare(ours, generate, score, prompts, beam, args.rounds)
+    show(rows)
+    print(" ".join(agreement.__doc__.split()))
+    return head | {"rows": rows}
+
+
+def cache(args) -> dict:
+    """Prefill under IN-closed:1/4 OR CR:1/4, all layers for every user against the closed ones once a title."""
+    r, prompts, head = set_up(args, "IN-closed:1/4 OR CR:1/4")
+    ours = Decoder(r.model, r.cat.trie)
+    ours.remember(r.cat.titles)
+    sides = {"all layers": lambda r: ours.prefill(*prompts[:2])[1], "item cache": lambda r: ours.prefill(*prompts)[1]}
+    with torch.inference_mode():
+        (plain, first), (cached, row) = in_turns(sides, args.rounds, "users", len(prompts[0])).values()
+    show(rows := [first, row | {"gap": float((plain[0] - cached[0]).abs().max())}])
+    return head | {"rows": rows}
+
+
+def finetuner(r: training.Run, theirs):
+    """A LoRA step as users of transformers + peft write it: labels outside the target title are -100."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_lora(r.model, Path(folder))
+        model = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True).train()
+    params, eos = [p for p in model.parameters() if p.requires_grad], r.model.config.eos_token_id
+    optimizer = torch.optim.AdamW(params, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY)
+
+    def step(examples: list[data.Example], lr: float) -> float:
+        """-> the loss. Every target has a prompt of its own."""
+        texts, labels = [], []
+        for history, target in [(e.history[:k], target) for e in examples for k, target in e.targets]:
+            prompt, title = r.cat.prompt(history)[0], np.append(r.cat.titles[target], eos)
+            texts.append(np.append(prompt, title))
+            labels.append(np.append(0 * prompt - 100, title))
+        mask = data.pad([0 * text + 1 for text in texts], 0)
+        ids, labels, mask = (x.to(r.device) for x in (data.pad(texts, eos), data.pad(labels, -100), mask))
+        with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, training.CLIP)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def our_step(r: training.Run, examples: list[data.Example], lr: float) -> float:
+    """-> the loss. The targets of an example share its history."""
+    parts = training.forwards([data.encode(r.cat, e, False) for e in examples], r.args.tokens)
+    return training.update(r, 0, parts, data.n_title_tokens(r.cat, examples), lr)
+
+
+def train(args) -> dict:
+    """last: one target a prompt, and the adapters learn. all: every item is a target; nothing is learnt."""
+    (r, _, head), rows, rng = set_up(args), [], np.random.default_rng(0)
+    theirs = transformers_model(r.model)
+    # without dropout, which could not be the same on both sides
+    llama.add_lora(r.model, 8, training.LORA_ALPHA, 0.0, training.LORA_TARGETS).to(r.device).train()
+    r.params = [p for p in r.model.parameters() if p.requires_grad]
+    r.optimizer = torch.optim.AdamW(r.params, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY, fused=True)
+    steps = {"transformers + peft": finetuner(r, theirs), "ours": lambda *a: our_step(r, *a)}
+    for targets, n, lr in (("last", args.batch, training.RATES["lora"]), ("all", max(1, args.batch // 4), 0.0)):
+        pool = data.examples(r.d, targets)
+        chosen = [[pool[i] for i in at] for at in rng.integers(len(pool), size=(args.rounds, n))]
+        sides = {f"{name}, {targets}": lambda i, f=f, x=chosen, lr=lr: f(x[i], lr) for name, f in steps.items()}
+        n_targets = sum(len(e.targets) for part in chosen for e in part) / args.rounds
+        (expected, first), (found, row) = in_turns(sides, args.rounds, "targets", n_targets).values()
+        gap = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+        rows += [first, row | {"targets": n_targets, "losses": found, "gap": gap}]
+    show([{name: v for name, v in row.items() if name != "losses"} for row in rows])
+    agree = max(row.get("gap", 0) for row in rows) < (1e-4 if r.dtype == torch.float32 else 2e-2)
+    return head | {"rows": rows, "losses agree": agree}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, whole = p.add_argument, number(int, 1)
+    add("mode", choices=("decode", "train", "cache"))
+    add("--data", default="office", help="a preset or a folder (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="smollm2-135m; tiny (random weights); or a Hugging Face Llama folder")
+    add("--rounds", type=number(int, 2), default=4, help="of each side; the first warms up (default: %(default)s)")
+    add("--users", type=whole, default=8, help="decode, cache: test users, one batch (default: %(default)s)")
+    add("--beams", type=whole, nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
+    add("--score", nargs="+", default=["trie", "full"], choices=("trie", "full"), help="decode (default: both)")
+    add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches")
+    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="as in train.py")
+    return p
+
+
+def main(argv: list[str]):
+    args = parse_flags(make_parser(), argv)
+    try:
+        print(json.dumps({"decode": decode, "train": train, "cache": cache}[args.mode](args)))
+    except ModuleNotFoundError as e:
+        raise InputError(f"bench compares with {e.name}: pip install -r requirements-dev.txt") from None
+
+
+if __name__ == "__main__":
+    run(main)
