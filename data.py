@@ -222,7 +222,7 @@ def find(name: str | Path) -> Path:
     places = [Path(name), *(Path(p) / name for p in (os.environ.get("HATLLM_DATA"), "data") if p)]
     for place in places:
         if (place / "items.tsv").exists() or (place / "items.tsv.gz").exists():
-            return place
+            return place.resolve()
     if str(name) in PRESETS[:2]:
         from extras import fetch
 

@@ -143,8 +143,6 @@ class Run:
         self.pool = data.examples(self.d, args.targets)
         if args.limit:
             self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
-        if not self.pool:
-            raise InputError(f"{self.d.summary()}: no user has two training items, so there is nothing to learn from")
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         self.params = [p for p in self.model.parameters() if p.requires_grad]
