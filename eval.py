@@ -326,8 +326,8 @@ def number(kind: type, least: float, most: float = 2**31):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, **more):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
 
     def error(self, message: str):
         raise InputError(message)
@@ -367,7 +367,7 @@ def run(main):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = Parser(__doc__)
+    p = Parser(description=__doc__)
     add, whole = p.add_argument, number(int, 1)
     add("--out", default="out", help="folder of a run that train.py wrote")
     add("--data", default="", help="its data set's folder, if that has moved")

@@ -57,7 +57,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = eval.Parser(__doc__)
+    p = eval.Parser(description=__doc__)
     add, count, share = p.add_argument, number(int, 0), number(float, 0, 0.99)
     add("--data", default="ml-100k", help="ml-100k, beauty, office, books, or a folder (default: %(default)s)")
     add("--split", default="time", choices=("time", "loo"), help="8:1:1 by the target's time, or leave one out")

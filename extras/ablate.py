@@ -23,7 +23,7 @@ from torch import Tensor
 
 import data
 import train
-from eval import NAMES, gains, load_data, load_run, metrics, number, parse_flags, popularity, positions, run
+from eval import NAMES, Parser, gains, load_data, load_run, metrics, number, parse_flags, popularity, positions, run
 from hatllm import PLAN, InputError, layout
 from model import Llama, load, read_json, rope, write_json
 
@@ -293,7 +293,7 @@ def draw(path: str, panels: dict[str, list]):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     commands, count = p.add_subparsers(dest="command", required=True), number(int, 0)
     add = commands.add_parser("run", help="train every plan").add_argument
     add("--data", default="ml-100k", help="data sets, separated by commas (default: %(default)s)")

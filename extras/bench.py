@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 import data
-import model as llama
-import train as training
+import train
 from decode import Decoder
-from eval import number, parse_flags, run
+from eval import Parser, number, parse_flags, run
 from hatllm import InputError
+from model import Llama, add_lora, hf_name, save_lora
 
 
-def set_up(args, plan: str = "OR") -> tuple[training.Run, list[Tensor], dict]:
+def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
     what the numbers hold for, which is printed."""
     flags = ["--data", args.data, "--model", args.model, "--plan", plan, "--dtype", args.dtype, "--lora", "0"]
-    r = training.Run(training.resolve(training.make_parser().parse_args([*flags, "--loss", "lml"])))
+    r = train.Run(train.resolve(train.make_parser().parse_args([*flags, "--loss", "lml"])))
     r.model.to(r.dtype).eval()
     machine = torch.cuda.get_device_name() if r.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     head = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__}
@@ -45,13 +45,13 @@ def set_up(args, plan: str = "OR") -> tuple[training.Run, list[Tensor], dict]:
     return r, [x.to(r.device) for x in prompts], head
 
 
-def transformers_model(model: llama.Llama):
+def transformers_model(model: Llama):
     """The same Llama by transformers, on the same tensors: none is copied."""
     import transformers as hf
 
     hf.logging.set_verbosity_error()
     theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**model.config.to_json()))
-    weights = {llama.hf_name(n): p.data for n, p in model.named_parameters() if llama.hf_name(n)}
+    weights = {hf_name(n): p.data for n, p in model.named_parameters() if hf_name(n)}
     theirs.to(model.head.device).load_state_dict(weights, strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval()
@@ -105,7 +105,7 @@ def show(rows: list[dict]):
     print("\n".join("  ".join([x[0].ljust(wide[0]), *map(str.rjust, x[1:], wide[1:])]) for x in lines))
 
 
-def generator(model: llama.Llama, cat: data.Catalogue):
+def generator(model: Llama, cat: data.Catalogue):
     """transformers' constrained beam search, as its users write it: a dict from the title so far to what may follow."""
     from transformers import GenerationConfig
 
@@ -159,7 +159,7 @@ def compare(ours: Decoder, generate, score: str, prompts: list[Tensor], beam: in
     return [row | {"": f"{score} {beam} {row['']}"} for row in rows]
 
 
-def decode(args) -> dict:
+def bench_decode(args) -> dict:
     r, (*prompts, _), head = set_up(args)
     generate, rows = generator(r.model, r.cat), []
     for score in args.score:
@@ -171,7 +171,7 @@ def decode(args) -> dict:
     return head | {"rows": rows}
 
 
-def cache(args) -> dict:
+def bench_cache(args) -> dict:
     """Prefill under IN-closed:1/4 OR CR:1/4, all layers for every user against the closed ones once a title."""
     r, prompts, head = set_up(args, "IN-closed:1/4 OR CR:1/4")
     ours = Decoder(r.model, r.cat.trie)
@@ -183,15 +183,15 @@ def cache(args) -> dict:
     return head | {"rows": rows}
 
 
-def finetuner(r: training.Run, theirs):
+def finetuner(r: train.Run, theirs):
     """A LoRA step as users of transformers + peft write it: labels outside the target title are -100."""
     import peft
 
     with tempfile.TemporaryDirectory() as folder:
-        llama.save_lora(r.model, Path(folder))
+        save_lora(r.model, Path(folder))
         model = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True).train()
     params, eos = [p for p in model.parameters() if p.requires_grad], r.model.config.eos_token_id
-    optimizer = torch.optim.AdamW(params, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY)
 
     def step(examples: list[data.Example], lr: float) -> float:
         """-> the loss. Every target has a prompt of its own."""
@@ -205,7 +205,7 @@ def finetuner(r: training.Run, theirs):
         with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, training.CLIP)
+        torch.nn.utils.clip_grad_norm_(params, train.CLIP)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -214,22 +214,22 @@ def finetuner(r: training.Run, theirs):
     return step
 
 
-def our_step(r: training.Run, examples: list[data.Example], lr: float) -> float:
+def our_step(r: train.Run, examples: list[data.Example], lr: float) -> float:
     """-> the loss. The targets of an example share its history."""
-    parts = training.forwards([data.encode(r.cat, e, False) for e in examples], r.args.tokens)
-    return training.update(r, 0, parts, data.n_title_tokens(r.cat, examples), lr)
+    parts = train.forwards([data.encode(r.cat, e, False) for e in examples], r.args.tokens)
+    return train.update(r, 0, parts, data.n_title_tokens(r.cat, examples), lr)
 
 
-def train(args) -> dict:
+def bench_train(args) -> dict:
     """last: one target a prompt, and the adapters learn. all: every item is a target; nothing is learnt."""
     (r, _, head), rows, rng = set_up(args), [], np.random.default_rng(0)
     theirs = transformers_model(r.model)
     # without dropout, which could not be the same on both sides
-    llama.add_lora(r.model, 8, training.LORA_ALPHA, 0.0, training.LORA_TARGETS).to(r.device).train()
+    add_lora(r.model, 8, train.LORA_ALPHA, 0.0, train.LORA_TARGETS).to(r.device).train()
     r.params = [p for p in r.model.parameters() if p.requires_grad]
-    r.optimizer = torch.optim.AdamW(r.params, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY, fused=True)
+    r.optimizer = torch.optim.AdamW(r.params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY, fused=True)
     steps = {"transformers + peft": finetuner(r, theirs), "ours": lambda *a: our_step(r, *a)}
-    for targets, n, lr in (("last", args.batch, training.RATES["lora"]), ("all", max(1, args.batch // 4), 0.0)):
+    for targets, n, lr in (("last", args.batch, train.RATES["lora"]), ("all", max(1, args.batch // 4), 0.0)):
         pool = data.examples(r.d, targets)
         chosen = [[pool[i] for i in at] for at in rng.integers(len(pool), size=(args.rounds, n))]
         sides = {f"{name}, {targets}": lambda i, f=f, x=chosen, lr=lr: f(x[i], lr) for name, f in steps.items()}
@@ -243,7 +243,7 @@ def train(args) -> dict:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     add, whole = p.add_argument, number(int, 1)
     add("mode", choices=("decode", "train", "cache"))
     add("--data", default="office", help="a preset or a folder (default: %(default)s)")
@@ -260,7 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]):
     args = parse_flags(make_parser(), argv)
     try:
-        print(json.dumps({"decode": decode, "train": train, "cache": cache}[args.mode](args)))
+        print(json.dumps({"decode": bench_decode, "train": bench_train, "cache": bench_cache}[args.mode](args)))
     except ModuleNotFoundError as e:
         raise InputError(f"bench compares with {e.name}: pip install -r requirements-dev.txt") from None
 

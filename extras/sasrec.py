@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from eval import NAMES, device_and_dtype, metrics, number, parse_flags, popularity, report, run, table
+from eval import NAMES, Parser, device_and_dtype, metrics, number, parse_flags, popularity, report, run, table
 from hatllm import InputError
 from model import write_json
 
@@ -143,7 +143,7 @@ def fit(d: data.Dataset, args, hidden: int, dropout: float, seed: int, device="c
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     add, whole = p.add_argument, number(int, 1)
     add("--data", default="ml-100k", help="ml-100k, beauty, office, books, or a folder (default: %(default)s)")
     add("--split", default="time", choices=("time", "loo"), help="8:1:1 by the target's time, or leave one out")
