@@ -418,8 +418,12 @@ class Catalogue:
 def encode_all(tokenizer: Tokenizer, texts) -> list[np.ndarray]:
     """Every text on its own, without special tokens."""
     ids = []
-    for a in range(0, len(texts), 10_000):  # in parts: an encoding holds much more than the ids
-        ids += [np.array(e.ids, int) for e in tokenizer.encode_batch(texts[a : a + 10_000], add_special_tokens=False)]
+    try:
+        for a in range(0, len(texts), 10_000):  # in parts: an encoding holds much more than the ids
+            part = tokenizer.encode_batch(texts[a : a + 10_000], add_special_tokens=False)
+            ids += [np.array(e.ids, int) for e in part]
+    except Exception as e:  # the library raises a bare Exception
+        raise InputError(f"the model's tokenizer cannot encode the titles ({e})") from None
     return ids
 
 

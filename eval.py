@@ -15,11 +15,14 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: on a shared machine that is 3 times faster
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while importing ends without a traceback
 
 import numpy as np
 import torch
@@ -343,6 +346,8 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str]):
 
 def run(main):
     """Calls main with the command line; what the user can mend, a full disk included, is a sentence, no traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # titles on a terminal that is not UTF-8
     try:
         done = main(sys.argv[1:])
         sys.stdout.flush()
@@ -354,6 +359,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"error: --compile does not work here ({str(e).splitlines()[0]:.200}); go on without it")
         if not out_of_memory(e):
             raise
         sys.exit("error: the memory is full; --tokens with less needs less and changes no result; a run of train.py "
