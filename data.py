@@ -55,6 +55,8 @@ def read_table(folder: Path, name: str, columns: str) -> Iterator[tuple[str, dic
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             rows.fieldnames = ["times" if c in TIMES else c for c in rows.fieldnames or ()]
+            if len(set(rows.fieldnames)) < len(rows.fieldnames):
+                raise InputError(f"{path}, line 1: a column stands there twice")
             if lacking := set(columns.split()) - set(rows.fieldnames):
                 raise InputError(f"{path}, line 1: no column {', '.join(lacking)}; tabs stand between columns")
             for row in rows:
@@ -301,15 +303,16 @@ class Trie:
 
     def __init__(self, paths: list[np.ndarray]):
         """paths: token ids of every item's title, the end token last."""
-        every = [tuple(p.tolist()) for p in paths]
+        every = [p.astype(">u4").tobytes() for p in paths]  # four bytes a token, which sort as the numbers do
         titles = sorted(set(every))  # the leaves, depth first
         number = {title: leaf for leaf, title in enumerate(titles)}
         self.leaf_of_item = np.array([number[title] for title in every])
-        size = np.array([len(title) for title in titles])
-        self.start, self.path_token = np.append(0, np.cumsum(size)), np.concatenate(titles)
+        size = np.array([len(title) // 4 for title in titles])
+        self.start = np.append(0, np.cumsum(size))
+        self.path_token = np.frombuffer(b"".join(titles), ">u4").astype(int)
         leaf = np.repeat(np.arange(len(titles)), size)  # of every token, as is its depth
         depth = np.arange(len(leaf)) - self.start[leaf] + 1
-        shared = [0, *(len(os.path.commonprefix(pair)) for pair in itertools.pairwise(titles))]  # with the title before
+        shared = [0, *(len(os.path.commonprefix(pair)) // 4 for pair in itertools.pairwise(titles))]  # of one before
         new = np.flatnonzero(depth > np.array(shared)[leaf])  # where a title leaves the one before it, a node begins
         new = new[np.lexsort((leaf[new], depth[new]))]  # breadth first
         node = np.zeros(len(leaf), int)
@@ -379,19 +382,21 @@ class Catalogue:
 
     def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
-        probe = tokenizer.encode("a")
-        self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
         self.head, self.separator, self.header = encode_all(tokenizer, PROMPT)
         self.titles = encode_all(tokenizer, titles)
-        encoded = self.head, self.separator, self.header, *self.titles
-        for text, tokens in zip((*PROMPT, *titles), encoded, strict=True):
+        probe = tokenizer.encode("a")
+        self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
+        encoded = self.bos, self.head, self.separator, self.header, *self.titles
+        for text, tokens in zip(("what the tokenizer puts first", *PROMPT, *titles), encoded, strict=True):
             if len(tokens) and tokens.max() >= c.vocab_size:
                 raise InputError(f'{text!r:.60} has token {tokens.max()}, but the model has {c.vocab_size} tokens; '
                                  "does the tokenizer belong to the model?")  # fmt: skip
-            if c.eos_token_id in tokens:
+            if c.eos_token_id in tokens and tokens is not self.bos:
                 raise InputError(
                     f"{text!r:.60} holds the end token {c.eos_token_id}; give it another title or tokenizer"
                 )
+        if empty := [t for t, tokens in zip(titles, self.titles, strict=True) if not len(tokens)]:
+            raise InputError(f"{empty[0]!r:.60} has no tokens under the model's tokenizer; another one is needed")
         self.first = np.cumsum([0] + [len(t) for t in self.titles])  # where a title's tokens begin among those of all
         self.trie = Trie([np.append(t, c.eos_token_id) for t in self.titles])
         self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf

@@ -34,7 +34,7 @@ import data
 from data import Catalogue, Dataset, Window
 from decode import Decoder
 from hatllm import InputError
-from model import Llama, adapters, load, load_lora, merge_lora, read_json, write_json
+from model import Llama, adapters, check_type, load, load_lora, merge_lora, read_json, write_json
 
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
 NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
@@ -158,7 +158,9 @@ def against(decoder: Decoder, cat: Catalogue, windows: list[Window], negatives: 
     and target alone: AUC, the share of them that score below it, a tie counts half; before, ties: the items that score
     higher, and equally high, itself among them. All titles where there are no more: the full ranking."""
     trie, device, size = cat.trie, decoder.model.head.device, torch.tensor([len(x) for x in cat.bearers])
-    n = max(1, min(negatives, trie.n_leaves - 1))
+    n = min(negatives, trie.n_leaves - 1)
+    if not n:
+        raise InputError("--auc needs a catalogue of two titles at least")
     todo = data.batches([len(cat.prompt(w.history)[0]) + 4 * n for w in windows], budget)
     result = np.zeros((len(windows), 3))
     for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
@@ -203,9 +205,9 @@ def newest(out: Path, kind: str) -> Path | None:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Of a base's weights: what is trained on them belongs to them alone."""
-    h = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+    """Of a base's weights, config and tokenizer: what is trained on them belongs to them alone."""
+    h, names = hashlib.sha256(), ("*.safetensors", "config.json", "tokenizer.json")
+    for file in sorted(path for name in names for path in Path(folder).glob(name)) if folder else ():
         with open(file, "rb") as f:
             h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()[:16]
@@ -215,9 +217,11 @@ def read_run(out: Path) -> dict:
     """config.json of a run of train.py."""
     if not (out / "config.json").exists():
         raise InputError(f"--out {out}: no run of train.py is there")
-    c = read_json(out / "config.json")
-    if not {"digest", "constants"} <= c.keys():
-        raise InputError(f"--out {out}: no run of today's train.py; a model's folder is given to train.py as --model")
+    if "digest" not in read_json(out / "config.json"):
+        raise InputError(f"--out {out}: no run of train.py; a model's folder is given to train.py as --model")
+    kinds = dict.fromkeys("split data_folder digest dtype plan loss base base_source base_digest".split(), str)
+    c = read_json(out / "config.json", kinds | {"core": int, "constants": dict})
+    check_type(out / "config.json", "constants.TAU", c["constants"].get("TAU"), float, 1e-12)
     return c
 
 
@@ -244,7 +248,7 @@ def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Ca
     out = Path(out)
     c = read_run(out)
     for name in ("PROMPT", "HISTORY"):
-        value = c["constants"][name]
+        value = c["constants"].get(name)
         if value != json.loads(json.dumps(getattr(data, name))):
             raise InputError(f"{out} was trained with {name} = {value!r}; put that back into data.py to evaluate it")
     d, best = load_data(out, c, data_folder), newest(out, "best")
@@ -254,10 +258,12 @@ def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Ca
     if (best / "adapter_config.json").exists():
         base = locate(out, "base", base_folder, c["base"], "config.json")
         if fingerprint(base) != c["base_digest"]:
-            raise InputError(f"{base} is not the base that {out} was trained on: its weights differ")
+            raise InputError(
+                f"{base} is not the base that {out} was trained on: its weights, config or tokenizer differ"
+            )
         model = load_lora(load(base, c["plan"], dtype), best)
     else:
-        model = load(best, dtype=dtype)
+        model = load(best, c["plan"], dtype)
     model = frozen(model, dtype).to(device)
     return model, Catalogue(d.titles, data.read_tokenizer(best), model.config), d, c
 
@@ -274,9 +280,12 @@ class World:
     """One process of torchrun's, or the only one."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        self.rank, self.size = (int(t) if t.isdigit() else -1 for t in texts)
         if self.size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise InputError("WORLD_SIZE is set, but RANK and others are not: start several processes with torchrun")
+        if not 0 <= self.rank < self.size:
+            raise InputError(f"RANK is {self.rank}, but WORLD_SIZE is {self.size}: start processes with torchrun")
         if self.size > 1 and not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -398,14 +407,17 @@ DEFAULTS = make_parser().parse_args([])
 
 def look_up(titles: list[str], d: Dataset) -> list[int]:
     """Titles typed by hand -> items; a title that no item bears gets the nearest ones named."""
-    index = {t.lower(): i for i, t in reversed(list(enumerate(d.titles)))}
-    for t in titles:
-        if t.lower() not in index:
+    numbered = [*enumerate(d.titles)][::-1]
+    index = {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}  # as written, or else in lower case
+    found = []
+    for t in (" ".join(t.split()) for t in titles):
+        found.append(index.get(t, index.get(t.lower())))
+        if found[-1] is None:
             near = [d.titles[index[n]] for n in difflib.get_close_matches(t.lower(), index, 3, 0.4)]
             near = near or [x for x in d.titles if t.lower() in x.lower()][:3]
             near = "near: " + ", ".join(f'"{n}"' for n in near) if near else "none is near"
             raise InputError(f'no item is called "{t}"; {near}')
-    return [index[t.lower()] for t in titles][-data.HISTORY :]
+    return found[-data.HISTORY :]
 
 
 def print_recommendations(decoder: Decoder, cat: Catalogue, d: Dataset, args):
@@ -466,6 +478,8 @@ def main(argv: list[str]):
     args = parse_flags(make_parser(), argv)
     if args.k < KS[-1] and not args.recommend:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
+    if args.auc and args.exclude_history:
+        raise InputError("--auc ranks all items, so it goes without --exclude_history")
     world, out = World(), Path(args.out)
     model, cat, d, config = load_run(out, args.data, args.base)
     decoder = make_decoder(model, cat, config, args.score)

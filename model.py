@@ -40,7 +40,7 @@ IGNORED = (  # keys of config.json that change nothing here; any other one must 
 def read_json(path: Path, types: dict[str, type] | None = None) -> dict:
     """A JSON object whose keys in types are of these types. Raises InputError that names the file and the key."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
     check_type(path, "what it holds", found, dict)
@@ -70,7 +70,7 @@ def write_json(path: Path, value):
     text = "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value, indent=1)
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text)
+        part.write_text(text, "utf-8")
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)

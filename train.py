@@ -70,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, default=0.0, help="on the embeddings and both branches of a block (default: 0)")
-    add("--lora", type=count, default=8, help="rank of the adapters; 0: full fine-tuning (default: %(default)s)")
+    add(
+        "--lora",
+        type=count,
+        default=8,
+        help="rank of the adapters; 0: full fine-tuning, as always for tiny (default: 8)",
+    )
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
@@ -197,6 +202,7 @@ def make_config(r: Run) -> dict:
         "base": r.base,
         "base_source": origin,
         "base_digest": eval.fingerprint(r.base),
+        "steps": r.steps,
     }
 
 
@@ -296,7 +302,7 @@ def train(r: Run) -> bool:
                 save_step(r, state)
             if stop:
                 return False
-    return True
+    return not r.world.any(bool(asked))
 
 
 def merit(line: dict) -> list[float]:
@@ -386,6 +392,7 @@ def load_step(r: Run, fresh: dict) -> dict:
     """The newest checkpoint's weights and optimizer; returns its state, which has the keys of fresh, or fresh."""
     place = newest(r.out, "step")
     if place is None:
+        print(f"{r.out} holds no step-STEP, so it begins at step 0")
         return fresh
     state = read_json(place / "state.json", {name: type(value) for name, value in fresh.items()})
     own = {n: p for n, p in r.model.named_parameters() if p.requires_grad}
@@ -420,6 +427,8 @@ def prepare_out(r: Run) -> int:
     for needed in filter(None, (Path.cwd(), r.d.folder, r.base and Path(r.base))):
         if out in (needed.resolve(), *needed.resolve().parents):
             raise InputError(f"--out {out} holds {needed}, which this run needs; choose another --out")
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on with a run, --overwrite sets it aside: give one of them")
     if args.resume:
         check_same(eval.read_run(out), r)
     elif out.exists() and any(p.suffix != ".part" for p in out.iterdir()):
@@ -456,7 +465,7 @@ def check_same(old: dict, r: Run):
     if changed:
         raise InputError(
             f"--resume: {'; '.join(changed)}; give the command that began {r.out} (digest: the files of the data or of "
-            "the base). To train a finished run longer, give its best-STEP as --model: its learning rate has fallen"
+            "the base). To train a finished full model on, give its best-STEP as --model: its learning rate has fallen"
         )
 
 

@@ -23,7 +23,21 @@ from torch import Tensor
 
 import data
 import train
-from eval import NAMES, Parser, gains, load_data, load_run, metrics, number, parse_flags, popularity, positions, run
+from eval import (
+    NAMES,
+    Parser,
+    fingerprint,
+    gains,
+    load_data,
+    load_run,
+    locate,
+    metrics,
+    number,
+    parse_flags,
+    popularity,
+    positions,
+    run,
+)
 from hatllm import PLAN, InputError, layout
 from model import Llama, load, read_json, rope, write_json
 
@@ -36,6 +50,7 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
     "IN-closed:1/4 OR CR:1/4",
 )
 COLUMNS = (*NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
+PREDICTION = ("user", "target", "items", "scores", "nll")  # what a line of predictions.jsonl holds, at least
 PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
 NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
 mean over seeds, 95% bootstrap interval over users, which says nothing about what other seeds would change"""
@@ -51,12 +66,20 @@ def tested(place: Path, c: dict, name: str) -> Path:
     return place / name.replace(".", f"-test-limit{c['eval_limit']}." if c["eval_limit"] else "-test.")
 
 
+def finished(place: Path) -> bool:
+    """Whether train.py came to its last step in place and tested it."""
+    if not (place / "metrics.jsonl").exists() or not (place / "config.json").exists():
+        return False
+    c, log = read_json(place / "config.json", {"steps": int, "eval_limit": int}), read_lines(place / "metrics.jsonl")
+    return log[-1]["step"] == c["steps"] and tested(place, c, "results.json").exists()
+
+
 def once(place: Path, argv: list[str]) -> bool:
     """A run of train.py in place, from where it stands -> False if it was asked to stop."""
     gc.collect()  # a model refers to itself, so that the last run's holds its memory until now
     argv = [*argv, "--out", str(place), *(["--resume"] if (place / "config.json").exists() else [])]
     args = train.resolve(parse_flags(train.make_parser(), argv))
-    if tested(place, vars(args), "results.json").exists():
+    if finished(place):
         train.check_same(read_json(place / "config.json"), train.Run(args))
         print("finished already", flush=True)
         return True
@@ -68,11 +91,9 @@ def once(place: Path, argv: list[str]) -> bool:
 def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
     for seed in args.seeds.split(","):  # a mistyped flag ends it here, not in every run
-        flags = parse_flags(train.make_parser(), [*theirs, "--seed", seed])
-    if flags.resume or flags.overwrite:
-        raise InputError(
-            "--resume is chosen for every run, --overwrite for none; to begin a run again, remove its folder"
-        )
+        parse_flags(train.make_parser(), [*theirs, "--seed", seed])
+    if own := {"--resume", "--overwrite", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
+        raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
     plans, failed = [" ".join(plan.split()) for plan in args.plans.split(";")], []
     todo = [(seed, name, plan) for seed in args.seeds.split(",") for name in args.data.split(",") for plan in plans]
     for i, (seed, name, plan) in enumerate(todo, 1):
@@ -90,7 +111,7 @@ def run_all(args, theirs: list[str]) -> bool:
     if len(failed) < len(todo):
         make_table(argparse.Namespace(out=args.out, seen=None))
     if failed:
-        raise InputError(f"{len(failed)} of {len(todo)} runs failed, the others are done:{''.join(failed)}")
+        raise InputError(f"{len(failed)} of {len(todo)} runs failed:{''.join(failed)}")
     return True
 
 
@@ -99,9 +120,13 @@ def run_all(args, theirs: list[str]) -> bool:
 
 def read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as e:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
+    needed = ("step", "loss", "valid_nll", "valid_NDCG@10") if path.name == "metrics.jsonl" else PREDICTION
+    if not lines or not all(isinstance(line, dict) and line.keys() >= set(needed) for line in lines):
+        raise InputError(f"{path}: damaged; each line, and there is one at least, has {', '.join(needed)}")
+    return lines
 
 
 def setting(c: dict) -> str:
@@ -159,10 +184,12 @@ def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
 def rows_of(runs: list[dict], c: dict, popular: dict, out: Path) -> list[dict]:
     """Popularity, SASRec if extras/sasrec.py tried it on this split, then the plans in the order of PLANS."""
     rows, n = [{"name": "popularity", "seeds": [], "metrics": over_seeds([popular])}], len(runs[0]["windows"])
-    name = f"baselines-{Path(c['data']).name}-{c['split']}.json"
+    name = f"baselines-{Path(c['data']).name}-{c['split']}*.json"
     for b in [read_json(path) for folder in (out, out.parent) for path in folder.glob(name)]:
         if b.get("digest") == c["digest"]:
-            title = "SASRec" + (f" (on {b['popularity']['n']:,} windows)" if b["popularity"]["n"] != n else "")
+            asked = b["flags"]["history"], b["flags"]["exclude_history"]
+            title = "SASRec" if asked == (data.HISTORY, False) else f"SASRec (history, excluded: {asked})"
+            title += f" (on {b['popularity']['n']:,} windows)" if b["popularity"]["n"] != n else ""
             each = [{k: r["test"][k] for k in NAMES} for r in b["runs"]]
             rows.append({"name": title, "seeds": [*range(len(each))], "metrics": over_seeds(each)})
     plans = sorted({r["plan"] for r in runs})
@@ -189,9 +216,9 @@ def markdown(title: str, n: int, rows: list[dict]) -> str:
 
 def make_table(args):
     out, groups, made = Path(args.out), {}, []
-    for place in sorted(p.parent for p in out.glob("*/metrics.jsonl")):
+    for place in sorted(p.parent for p in out.glob("*/metrics.jsonl") if p.parent.suffix != ".replaced"):
         c = read_json(place / "config.json", {"constants": dict})
-        if tested(place, c, "results.json").exists():
+        if finished(place):
             groups.setdefault((setting(c), c["digest"], c["base_digest"]), []).append((place, c))
     if not groups:
         raise InputError(f"--out {out}: no finished run is there; `python -m extras.ablate run` makes them")
@@ -204,10 +231,12 @@ def make_table(args):
             test = d.test[: c["eval_limit"] or None]
             popular = metrics(*popularity(d, [w for w in test if d.ids[w.target] in items]))
             title += f", targets that occur {least} to {most} times in training"
+        if len({(c["plan"], c["seed"]) for _, c in own}) < len(own):
+            raise InputError(f"--out {out} holds a plan and a seed twice; move one of the runs away: {title}")
         runs = sorted((read_run(place, c, items) for place, c in own), key=lambda r: r["seed"])
         made.append({"setting": title, "n": len(runs[0]["windows"]), "rows": rows_of(runs, c, popular, out)})
     text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
-    (out / "table.md").write_text(text + "\n")
+    (out / "table.md").write_text(text + "\n", "utf-8")
     write_json(out / "table.json", {"tables": made})
     print(f"\n{text}\n\n{out}/table.md, {out}/table.json")
 
@@ -251,7 +280,10 @@ def show_attention(args):
     print(f"share of attention, mean over heads and queries, {len(some)} test windows; {setting(c)}")
     for which, plan in asked:
         if which == "base":
-            model = load(args.base or c["base"], plan, model.head.dtype).to(model.head.device).eval()
+            base = locate(Path(args.out), "base", args.base, c["base"], "config.json")
+            if fingerprint(base) != c["base_digest"]:
+                raise InputError(f"{base} is not the base that {args.out} was trained on")
+            model = load(base, plan, model.head.dtype).to(model.head.device).eval()
         name, share = f"{which}, plan {plan}", shares(model, coded)
         print(f"\n{name}\n{'layer':<14}" + "".join(f"{group:<36}" for group in GROUPS))
         print(" " * 12 + "".join(f"{part:>9}" for part in PARTS * len(GROUPS)))

@@ -250,7 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="smollm2-135m; tiny (random weights); or a Hugging Face Llama folder")
     add("--rounds", type=number(int, 2), default=4, help="of each side; the first warms up (default: %(default)s)")
     add("--users", type=whole, default=8, help="decode, cache: test users, one batch (default: %(default)s)")
-    add("--beams", type=whole, nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
+    add("--beams", type=number(int, 2), nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
     add("--score", nargs="+", default=["trie", "full"], choices=("trie", "full"), help="decode (default: both)")
     add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches")
     add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="as in train.py")

@@ -167,6 +167,11 @@ def main(argv: list[str]):
         raise InputError(f"--hidden {odd[0]} must be a multiple of {HEADS}")
     d, device = data.load(args.data, args.split, args.core), device_and_dtype("float32", True)[0]
     print(d.summary())
+    protocol = [f"core{args.core}"] * (args.core != 5) + [f"history{args.history}"] * (args.history != data.HISTORY)
+    name = "-".join(["baselines", d.folder.name, args.split, *protocol, *["exclude_history"] * args.exclude_history])
+    out = Path(args.out) / f"{name}.json"
+    if out.exists():
+        raise InputError(f"{out} exists; move it away or choose another --out")
     tried = [fit(d, args, hidden, dropout, 0, device) for hidden in args.hidden for dropout in args.dropout]
     best = max(tried, key=lambda t: t[1]["valid NDCG@10"])
     chosen = [best] + [fit(d, args, best[1]["hidden"], best[1]["dropout"], s, device) for s in range(1, args.seeds)]
@@ -175,7 +180,6 @@ def main(argv: list[str]):
     mean = {name: float(np.mean([r[name] for r in each])) for name in NAMES}
     rows = {"popularity": popular, f"SASRec, mean over {args.seeds} seeds" if args.seeds > 1 else "SASRec": mean}
     print(f"{len(d.test):,} test windows, {len(d.ids):,} items, asked with the last {args.history}\n{table(rows)}")
-    out = Path(args.out) / f"baselines-{d.folder.name}-{args.split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = [log | {"test": r} for (_, log), r in zip(chosen, each, strict=True)]
     saved = {"flags": vars(args), "digest": d.digest, "popularity": popular, "SASRec": mean, "runs": runs}

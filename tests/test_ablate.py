@@ -61,7 +61,12 @@ def test_what_is_run(monkeypatch, tmp_path):
     """All of seed 0 first; what is not ablate's goes to train.py, values and all."""
     calls = []
     monkeypatch.setattr(ablate, "once", lambda place, argv: calls.append((place, argv)) or len(calls) < 8)
-    for argv, message in (("--max_stepss=3", "--max_steps?"), ("--overwrite", "remove its folder")):
+    for argv, message in (
+        ("--max_stepss=3", "--max_steps?"),
+        ("--overwrite", "--overwrite"),
+        ("--plan=OR", "--plans"),
+        ("--seed=1", "--seeds"),
+    ):
         with refuses(message):  # before the first run, not in every run
             ablate.main(["run", argv])
     argv = ["--data", "a,b/c", "--lr", "0.01", "--seeds", "0,1", "--compile", "--plans", "OR; IN:1  CR:1"]
@@ -106,14 +111,15 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[str, str]], flags=""
     """A run's folder with random predictions -> (2, N) NDCG@10 and nll."""
     rng, place = np.random.default_rng(seed + len(plan)), out / f"{train.slug(plan)}-s{seed}"
     argv = ["--data", "x/shop", "--plan", plan, "--seed", str(seed), "--max_steps", "7", *flags.split()]
-    config = vars(train.resolve(train.make_parser().parse_args(argv))) | {"base": "", "base_source": ""}
+    config = vars(train.resolve(train.make_parser().parse_args(argv))) | {"base": "", "base_source": "", "steps": 7}
     config |= {"digest": "d", "base_digest": "", "constants": {"TAU": train.TAU, "PROMPT": [*data.PROMPT]}} | more
     items, nll = [[f"i{i}" for i in rng.permutation(25)[:12]] for _ in windows], rng.random(len(windows)) * 9
     lines = zip(windows, items, nll, strict=True)
     lines = [{"user": u, "target": t, "items": [[i] for i in x], "nll": v} for (u, t), x, v in lines]
     place.mkdir(parents=True)
     write_json(place / "predictions-test.jsonl", [x | {"scores": [*range(12, 0, -1)]} for x in lines])
-    write_json(place / "metrics.jsonl", [{"valid_nll": 5.0 + x + seed, "valid_NDCG@10": 0.1} for x in (1, 0, 2)])
+    log = [{"step": 5 + i, "loss": 1.0, "valid_nll": 5.0 + x + seed} for i, x in enumerate((1, 0, 2))]
+    write_json(place / "metrics.jsonl", [line | {"valid_NDCG@10": 0.1} for line in log])
     write_json(place / "config.json", config)
     write_json(place / "results-test.json", {"popularity": dict.fromkeys(NAMES, 0.125)})
     ndcg = [1 / np.log2(2 + x.index(t)) if t in x[:10] else 0 for (_, t), x in zip(windows, items, strict=True)]
@@ -125,7 +131,11 @@ def test_table_by_hand(tmp_path):
     windows = [(f"u{u}", f"i{rng.randrange(25)}") for u in range(30) for _ in range(1 + u % 3)]
     plain, other = (np.stack([made_run(out, p, s, windows) for s in (0, 1)]) for p in ("OR", "IN OR:1"))  # (2, 2, N)
     made_run(out, "CR", 5, windows)  # no seed in common with OR
-    b = {"popularity": {"n": 70}, "runs": [{"test": dict.fromkeys(NAMES, v)} for v in (0.2, 0.4)]}
+    b = {
+        "flags": {"history": 10, "exclude_history": False},
+        "popularity": {"n": 70},
+        "runs": [{"test": dict.fromkeys(NAMES, v)} for v in (0.2, 0.4)],
+    }
     for folder, split, digest in ((tmp_path, "time", "d"), (tmp_path, "loo", "d"), (out, "time", "of other data")):
         write_json(folder / f"baselines-shop-{split}.json", b | {"digest": digest})
     (made,) = tables(out)
@@ -158,6 +168,20 @@ def test_other_settings_get_a_table_of_their_own(tmp_path):
         tables(tmp_path)
     (tmp_path / "IN-s0/predictions-test.jsonl").write_text('{"user": 0, ')
     with refuses("predictions-test.jsonl: cannot be read"):
+        tables(tmp_path)
+
+
+def test_a_run_that_is_not_at_its_end_is_left_out(tmp_path):
+    """Catches a half-trained model in the table, and a run that is counted twice."""
+    for plan in ("OR", "IN", "CR"):
+        made_run(tmp_path, plan, 0, [("u0", "i1")])
+    log = (tmp_path / "CR-s0/metrics.jsonl").read_text().splitlines()[:2]  # of three
+    (tmp_path / "CR-s0/metrics.jsonl").write_text("\n".join(log))
+    (tmp_path / "IN-s0").rename(tmp_path / "IN-s0.replaced")
+    assert [row["name"] for row in tables(tmp_path)[0]["rows"]] == ["popularity", "OR"]
+    (tmp_path / "IN-s0.replaced").rename(tmp_path / "IN-s0")
+    shutil.copytree(tmp_path / "IN-s0", tmp_path / "copy")
+    with refuses("twice"):
         tables(tmp_path)
 
 

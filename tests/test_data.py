@@ -474,3 +474,10 @@ def test_batches():
     found = data.batches(lengths, 16)
     assert sorted(np.concatenate(found).tolist()) == list(range(7)) and found[0].tolist() == [2]
     assert all(len(b) * max(lengths[i] for i in b) <= 16 for b in found[1:]) and len(found) == 4
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / "items.tsv").write_text("item_id\ttitle\ttitle\na\tred\tX\n")
+    with refuses("items.tsv", "twice"):
+        data.load(tmp_path, k=0)

@@ -340,6 +340,42 @@ def test_a_run_can_be_moved(moved, tmp_path, monkeypatch):
         ev.main(["--out", "../lora", *given])
 
 
+def test_a_base_with_another_config_is_another_base(moved):
+    """Catches a fingerprint of the weights alone: another rope_theta computes other numbers."""
+    path = moved / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 7.0}))
+    with refuses("is not the base"):
+        ev.load_run(moved / "lora")
+
+
+def test_the_runs_own_plan_is_the_one_that_counts(moved):
+    (path,) = (moved / "tiny").glob("best-*/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hatllm_plan": "OR"}))
+    assert set(ev.load_run(moved / "tiny")[0].plan) != {"OR"}
+
+
+@pytest.mark.parametrize("key, value", [("split", None), ("core", "5"), ("constants", 3), ("constants", {})])
+def test_a_damaged_run_config_is_named(key, value, moved):
+    path = moved / "tiny/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with refuses("config.json", key):
+        ev.load_run(moved / "tiny")
+
+
+@pytest.mark.parametrize("rank, size", [("1", "1"), ("3", "2"), ("0", "abc"), ("-1", "2")])
+def test_processes_that_cannot_be(rank, size, monkeypatch):
+    """Catches a lone process that believes to be the second one, and saves nothing."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, value)
+    with refuses("torchrun"):
+        ev.World()
+
+
+def test_titles_typed_by_hand():
+    d = SimpleNamespace(titles=["Red pen", "RED PEN", "Ink"])
+    assert ev.look_up(["RED PEN", " red  pen", "ink"], d) == [1, 0, 2]
+
+
 def test_a_moved_run_can_be_evaluated_from_inside(moved, monkeypatch):
     monkeypatch.chdir(moved / "tiny")
     ev.load_run(".")

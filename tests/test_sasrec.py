@@ -129,7 +129,7 @@ def test_a_seed_repeats_and_the_best_epoch_is_kept(tmp_path, monkeypatch):
 def test_learns_what_can_be_learnt(tmp_path, monkeypatch):
     """From files to files: users walk one cycle, so the next item is certain; popularity cannot know it."""
     monkeypatch.setattr(sasrec, "TOKENS", 128)
-    d, path = load(tmp_path, walks(150)), tmp_path / f"out/baselines-{tmp_path.name}-loo.json"
+    d, path = load(tmp_path, walks(150)), tmp_path / f"out/baselines-{tmp_path.name}-loo-core0.json"
     more = "--split loo --core 0 --hidden 2 32 --dropout 0.1 --lr 5e-3 --epochs 3 --seeds 2".split()
     main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *more])
     found, lines = json.loads(path.read_text()), [json.loads(x) for x in open(path.with_suffix(".jsonl"))]

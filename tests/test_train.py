@@ -435,7 +435,7 @@ def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
 
     def fill(patch):
         kept.update({name: text for name, text in files(out).items() if name != "metrics.jsonl"})
-        patch.setattr(Path, "write_text", lambda path, text: write(path, lambda: path.write_bytes(text.encode())))
+        patch.setattr(Path, "write_text", lambda path, text, *_: write(path, lambda: path.write_bytes(text.encode())))
         for module in (train, llama):
             patch.setattr(module, "save_file", lambda x, path, **more: write(path, lambda: save_file(x, path, **more)))
 
