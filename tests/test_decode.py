@@ -165,7 +165,7 @@ def test_a_batch_is_its_users_one_by_one(score):
         for b, length in enumerate(n):
             one = d.search(tokens[b : b + 1, :length], item[b : b + 1, :length], 5, width, limit=limit)
             assert (one.leaf[0].tolist(), one.fed, one.exact) == (r.leaf[b].tolist(), r.fed[b], r.exact[b])
-            assert close(one.score[0], r.score[b])
+            assert close(one.score[0].clamp(min=-99), r.score[b].clamp(min=-99))  # -inf: no title
 
 
 @pytest.mark.parametrize("score", SCORES)
