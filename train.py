@@ -395,6 +395,8 @@ def load_step(r: Run, fresh: dict) -> dict:
         print(f"{r.out} holds no step-STEP, so it begins at step 0")
         return fresh
     state = read_json(place / "state.json", {name: type(value) for name, value in fresh.items()})
+    if state["step"] < 0 or not all(isinstance(loss, float) for loss in state["losses"]):
+        raise InputError(f"{place}/state.json: damaged; its step or its losses are no numbers that can be")
     own = {n: p for n, p in r.model.named_parameters() if p.requires_grad}
     shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
     files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}

@@ -417,7 +417,8 @@ def foreign(path: Path):
 
 @pytest.mark.parametrize("name, spoil", [
     ("weights.safetensors", truncate), ("optimizer.safetensors", Path.unlink), ("optimizer.safetensors", foreign),
-    ("state.json", lambda p: p.write_text('{"step": 8}')), ("../config.json", truncate)])  # fmt: skip
+    ("state.json", lambda p: p.write_text('{"step": 8}')), ("../config.json", truncate),
+    ("state.json", lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"losses": ["a"]})))])  # fmt: skip
 def test_a_damaged_run_is_one_sentence(name, spoil, own, shop):
     """Catches tracebacks, and a run that goes on from something else than its last checkpoint."""
     spoil(own / "step-000008" / name)
