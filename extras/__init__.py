@@ -1,3 +1,3 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: cores are often shared
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py

@@ -1,9 +1,11 @@
 """eval.py: metrics against their definition, predictions, AUC, and the command line on small runs of train.py."""
 
+import io
 import itertools
 import json
 import math
 import shutil
+import sys
 import weakref
 from functools import cache
 from pathlib import Path
@@ -397,3 +399,19 @@ def test_main_on_what_is_no_run(moved, tmp_path):
     shutil.rmtree(ev.newest(moved / "tiny", "best"))
     with refuses("no checkpoint yet"):
         ev.main(["--out", str(moved / "tiny")])
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    ev.run(lambda argv: print("Café"))
+    assert b"Caf?" in sys.stdout.buffer.getvalue()
+
+
+def test_a_missing_compiler_is_a_sentence():
+    failure = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def main(argv):
+        raise failure("no compiler\nmore")
+
+    with pytest.raises(SystemExit, match="error: --compile does not work here .no compiler."):
+        ev.run(main)
