@@ -243,6 +243,14 @@ def load_data(out: Path, c: dict, given: str = "") -> Dataset:
     return d
 
 
+def find_base(out: Path, c: dict, given: str = "") -> Path:
+    """The folder of the base of the run in out, whose config is c."""
+    base = locate(out, "base", given, c["base"], "config.json")
+    if fingerprint(base) != c["base_digest"]:
+        raise InputError(f"{base} is not the base that {out} was trained on: its weights, config or tokenizer differ")
+    return base
+
+
 def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Catalogue, Dataset, dict]:
     """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
     out = Path(out)
@@ -256,12 +264,7 @@ def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Ca
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
-        base = locate(out, "base", base_folder, c["base"], "config.json")
-        if fingerprint(base) != c["base_digest"]:
-            raise InputError(
-                f"{base} is not the base that {out} was trained on: its weights, config or tokenizer differ"
-            )
-        model = load_lora(load(base, c["plan"], dtype), best)
+        model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
     model = frozen(model, dtype).to(device)

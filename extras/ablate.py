@@ -26,11 +26,10 @@ import train
 from eval import (
     NAMES,
     Parser,
-    fingerprint,
+    find_base,
     gains,
     load_data,
     load_run,
-    locate,
     metrics,
     number,
     parse_flags,
@@ -280,9 +279,7 @@ def show_attention(args):
     print(f"share of attention, mean over heads and queries, {len(some)} test windows; {setting(c)}")
     for which, plan in asked:
         if which == "base":
-            base = locate(Path(args.out), "base", args.base, c["base"], "config.json")
-            if fingerprint(base) != c["base_digest"]:
-                raise InputError(f"{base} is not the base that {args.out} was trained on")
+            base = find_base(Path(args.out), c, args.base)
             model = load(base, plan, model.head.dtype).to(model.head.device).eval()
         name, share = f"{which}, plan {plan}", shares(model, coded)
         print(f"\n{name}\n{'layer':<14}" + "".join(f"{group:<36}" for group in GROUPS))
