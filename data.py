@@ -351,7 +351,7 @@ class Trie:
 
 
 def train_tokenizer(titles: list[str]) -> Tokenizer:
-    """A byte-level BPE of the catalogue (and the prompt), for models from scratch; <|end|> is token 0."""
+    """A byte-level BPE of the catalogue, for models from scratch. <|end|> is token 0; a part of PROMPT is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -361,7 +361,8 @@ def train_tokenizer(titles: list[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any title typed by hand can be encoded
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*titles, *PROMPT], trainer)
+    tokenizer.train_from_iterator(titles, trainer)
+    tokenizer.add_tokens(list(PROMPT))
     return tokenizer
 
 
@@ -399,6 +400,11 @@ class Catalogue:
             raise InputError(f"{empty[0]!r:.60} has no tokens under the model's tokenizer; another one is needed")
         self.first = np.cumsum([0] + [len(t) for t in self.titles])  # where a title's tokens begin among those of all
         self.trie = Trie([np.append(t, c.eos_token_id) for t in self.titles])
+        self.columns = torch.unique(
+            self.trie.token[1:]
+        )  # (C,) the tokens of titles: the part of the head that is needed
+        self.place = torch.zeros(c.vocab_size, dtype=torch.long)  # (V,) the column of a token
+        self.place[self.columns] = torch.arange(len(self.columns))
         self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             self.bearers[leaf].append(i)
@@ -487,7 +493,7 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
         item = np.append(0 * cat.header, np.full(len(fed), k + 1))
         texts.append((new, item, np.full(len(new), 0 if single else b), np.full(len(new), ends[k])))
         length += len(new)
-    columns = [np.concatenate(x) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
+    columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
     return dict(zip(("tokens", "item", "branch", "fork", "at", "next", "node"), columns, strict=True))
 
 
@@ -503,32 +509,44 @@ class Batch:
     branch: Tensor | None  # (B, T), None where every example has one target
     fork: Tensor | None  # (B, T)
     rows: Tensor  # (R,) positions b * T + t that have a loss
-    next: Tensor  # (R,) the token to predict there
-    node: Tensor  # (R,) trie node of the title so far: its children are what may follow
+    next: Tensor  # (R,) the token to predict there, as a column of Catalogue.columns
+    row: Tensor  # (M,) with column: all pairs (row, column) of tokens that may follow the title so far
+    column: Tensor  # (M,)
 
     def to(self, device) -> "Batch":
-        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+        """A copy on device, without waiting for it where that is a GPU."""
+        gpu = torch.device(device).type == "cuda"
+        copies = (
+            v if v is None else (v.pin_memory() if gpu else v).to(device, non_blocking=True)
+            for v in vars(self).values()
+        )
+        return Batch(*copies)
 
 
-def pad(rows: list[np.ndarray], value: int) -> Tensor:
-    """-> (B, T), value after the end of the shorter ones."""
-    out = np.full((len(rows), max(map(len, rows))), value)
+def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
+    """-> (B, T), value after the end of the shorter ones; T is rounded up."""
+    T = -(-max(map(len, rows)) // multiple) * multiple
+    out = np.full((len(rows), T), value)
     for b, row in enumerate(rows):
         out[b, : len(row)] = row
     return torch.from_numpy(out)
 
 
-def collate(coded: list[dict]) -> Batch:
-    """Encoded examples, right-padded."""
+def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
+    """Encoded examples, right-padded. Everything with a size of its own is found here, on the CPU, so that the model
+    never waits to learn one."""
     column = {name: [c[name] for c in coded] for name in coded[0]}
     tokens, item, branch, fork = (
-        pad(column[x], -1 if x == "item" else 0) for x in ("tokens", "item", "branch", "fork")
+        pad(column[x], -1 if x == "item" else 0, multiple) for x in ("tokens", "item", "branch", "fork")
     )
     if not branch.any():
         branch = fork = None
-    rows = [b * tokens.shape[1] + at for b, at in enumerate(column["at"])]
-    flat = (torch.from_numpy(np.concatenate(x)) for x in (rows, column["next"], column["node"]))
-    return Batch(tokens, item, branch, fork, *flat)
+    rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])
+    following, node = (torch.from_numpy(np.concatenate(column[x])).long() for x in ("next", "node"))
+    row, child = cat.trie.children(node)
+    return Batch(
+        tokens, item, branch, fork, torch.from_numpy(rows), cat.place[following], row, cat.place[cat.trie.token[child]]
+    )
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

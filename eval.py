@@ -188,6 +188,8 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast
         dtype = "bfloat16" if fast else "float32"
+    if dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32: exact for numbers out of bfloat16
     return device, getattr(torch, dtype)
 
 
@@ -302,16 +304,10 @@ class World:
         dist.all_gather_object(parts, values)
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
-    def sum_(self, tensors: list[Tensor]):
-        """Sums every tensor over the processes, in place and in one message."""
+    def sum_(self, t: Tensor):
+        """Sums t over the processes, in place."""
         if self.size > 1:
-            flat = torch.cat([t.flatten().float() for t in tensors])
-            dist.all_reduce(flat)
-            for t, s in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(s.view_as(t))
-
-    def any(self, asked: bool) -> bool:
-        return any(self.gather([asked]))
+            dist.all_reduce(t)
 
     def barrier(self):
         if self.size > 1:

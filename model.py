@@ -158,17 +158,18 @@ def rope_frequencies(c: Config, device) -> Tensor:
     return (1 - smooth) * freq / factor + smooth * freq
 
 
-def rope(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021): pos (B, T) -> cos, sin (B, 1, T, D), half-split as in Hugging Face's files."""
+def rope(c: Config, pos: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al. 2021): pos (B, T) -> cos, sin (B, 1, T, D), half-split as in Hugging Face's files; of
+    sin the first half is negative."""
     angle = pos[:, None, :, None].float() * rope_frequencies(c, pos.device)
-    return torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, heads, T, D), turned by its position."""
+    """x (B, heads, T, D), turned by its position: (a, b) -> (a cos - b sin, b cos + a sin) of its halves."""
     cos, sin = cos_sin
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[3] // 2, 3), sin)
 
 
 class Cache:
@@ -195,14 +196,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class Linear(nn.Linear):
+    """Computes in the type of x: weights that are trained stay in fp32 and are cast here, frozen ones are stored so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         d, H, Hkv, self.D = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(d, H * self.D, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(d, Hkv * self.D, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(d, Hkv * self.D, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(H * self.D, d, bias=False)
+        self.q_proj = Linear(d, H * self.D, bias=c.qkv_bias)
+        self.k_proj = Linear(d, Hkv * self.D, bias=c.qkv_bias)
+        self.v_proj = Linear(d, Hkv * self.D, bias=c.qkv_bias)
+        self.o_proj = Linear(H * self.D, d, bias=False)
 
     def qkv(self, x: Tensor, cos_sin) -> list[Tensor]:
         """x (B, T, d) -> q, k, v (B, heads, T, D)."""
@@ -220,40 +233,31 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():  # keep gate and up alone for the backward pass: a fifth of all that is kept
-            return self.down_proj(checkpoint(swiglu, gate, up, use_reentrant=False, preserve_rng_state=False))
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int, kind: str, dropout: float = 0.0):
         super().__init__()
         self.layer, self.kind, self.G = layer, kind, c.num_attention_heads // c.num_key_value_heads
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(dropout)  # of both branches, before they join the residual stream
         self.compiled = self.compute  # train.py --compile replaces it: decoding has too many shapes to be compiled
 
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on."""
-        amp = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if amp else x.dtype
-        mask = layout.additive_mask(self.kind, self.G, dtype)  # all of HatLLM: what this layer's tokens may look at
+        mask = layout.additive_mask(self.kind, self.G, x.dtype)  # all of HatLLM: what this layer's tokens may look at
         compute = self.compiled if cache is None and torch.is_grad_enabled() else self.compute
         return compute(x, cos_sin, mask, cache, rows)
 
@@ -268,11 +272,12 @@ class Llama(nn.Module):
         """plan: see hatllm.py. dropout: on the embeddings and both branches of every block, to train from scratch."""
         super().__init__()
         self.config, self.plan = replace(c, hatllm_plan=plan), parse_plan(plan, c.num_hidden_layers)
+        self.dtype = None  # of the computation; None: that of the weights
         self.checkpointing = False  # recompute every block in the backward pass: less memory, a third more time
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def init_weights(self) -> "Llama":
@@ -288,11 +293,12 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """tokens (B, Tq) -> (B, Tq, d) after the last norm, or (R, d) where only rows (R,), of the B * Tq tokens, are
         needed: the last MLP sees them alone. `logits` is the caller's."""
-        return self.norm(self.blocks(self.dropout(self.embed_tokens(tokens)), layout, cache, rows=rows))
+        x = self.dropout(self.embed_tokens(tokens))
+        return self.norm(self.blocks(x.to(self.dtype or x.dtype), layout, cache, rows=rows))
 
     def blocks(self, x: Tensor, layout: Layout, cache=None, first=0, last=None, rows=None) -> Tensor:
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
-        cos_sin, Tq = rope(self.config, layout.pos), x.shape[1]
+        cos_sin, Tq = rope(self.config, layout.pos, x.dtype), x.shape[1]
         for block in self.layers[first:last]:
             args = x, cos_sin, layout, cache, rows if block is self.layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
@@ -312,28 +318,24 @@ class Llama(nn.Module):
         """x (..., d) -> (..., V), or (..., len(columns)) for these tokens only. Always computed in fp32: a bfloat16
         logit of 16 stands in steps of 1/8, and two titles would tie."""
         head = self.head if columns is None else self.head[columns]
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), head.float())
+        return F.linear(x.float(), head.float())
 
 
 # LoRA (Hu et al. 2021) with the semantics of peft: y = Wx + B A dropout(x) * alpha / r, A Kaiming, B zero, both fp32
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias, self.merged = base.weight, base.bias, False
         self.r, self.alpha, self.dropout = r, alpha, nn.Dropout(dropout)
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)  # Kaiming, a = sqrt 5
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
+        self.lora_A = Linear(base.in_features, r, bias=False, device=base.weight.device)  # Kaiming, a = sqrt 5
+        self.lora_B = Linear(r, base.out_features, bias=False, device=base.weight.device)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.merged:
-            return y
-        low = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))
-        return y + (self.lora_B(low) * (self.alpha / self.r)).to(y.dtype)
+        y = super().forward(x)
+        return y if self.merged else y + self.lora_B(self.lora_A(self.dropout(x)) * (self.alpha / self.r))
 
     @torch.no_grad()
     def merge(self):

@@ -19,8 +19,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin shortly: 5 times faster on a shared machine
 if __name__ == "__main__":
@@ -31,12 +33,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import data
 import eval
-from data import Batch, Catalogue, Tokenizer, Trie
-from decode import segment_logsumexp, trie_logits
+from data import Batch, Catalogue, Tokenizer
 from eval import World, newest, number
 from hatllm import PLAN, InputError, layout
 from model import Config, Llama, adapters, add_lora, load, read_json, read_safetensors, save, save_lora, write_json
@@ -52,9 +54,11 @@ BETAS = [0.9, 0.95]  # of AdamW
 WEIGHT_DECAY = 0.01  # on matrices
 CLIP = 1.0  # norm of the gradient at most
 VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
+LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which then has to be waited for
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third more time
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)
 
+DIVERGED = "no loss or no gradient is finite any more; the newest checkpoint in {} is sound; a lower --lr may help"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
@@ -118,16 +122,18 @@ def slug(value) -> str:
 # --- The losses -----------------------------------------------------------------------------------------------------
 
 
-def trie_nll(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, follow: Tensor) -> Tensor:
-    """Masked softmax (MSL, SIGIR 2025, eq. 5): -log of the token follow (R,) among those that continue some title,
-    after the prefixes nodes (R,) with h (R, d)."""
-    row, child, z = trie_logits(model, trie, h, nodes, TAU)
-    return segment_logsumexp(z, row, len(nodes)) - z[trie.token[child] == follow[row]]
+def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
+    """Masked softmax (MSL, SIGIR 2025, eq. 5): (R,) -log of the next token among those that continue some title, after
+    h (R, d). columns (C,): the tokens of all titles."""
+    z = model.logits(h, columns) / TAU  # (R, C)
+    hidden = torch.ones_like(z, dtype=torch.bool)
+    hidden[b.row, b.column] = False
+    return F.cross_entropy(z.masked_fill(hidden, -torch.inf), b.next, reduction="none")
 
 
-def full_nll(model: Llama, h: Tensor, follow: Tensor) -> Tensor:
-    """-log of the token follow (R,) among the whole vocabulary, h (R, d)."""
-    return F.cross_entropy(F.linear(h, model.head).float(), follow, reduction="none")
+def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
+    """(R,) -log of the next token among the whole vocabulary, after h (R, d)."""
+    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none")
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -142,16 +148,22 @@ class Run:
         self.d = self.world.lead_first(lambda: data.load(args.data, args.split, args.core))
         made = self.world.lead_first(lambda: build(args, self.d.titles, self.device, self.dtype))
         self.model, self.tokenizer, self.base = made
-        self.model.checkpointing = CHECKPOINTING
+        self.model.dtype, self.model.checkpointing = self.dtype, CHECKPOINTING
         for block in self.model.layers if args.compile else ():
             block.compiled = torch.compile(block.compute, dynamic=True)
+        self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config)
-        self.trie = self.cat.trie.to(self.device)
+        self.columns, self.coded = self.cat.columns.to(self.device), {}
         self.pool = data.examples(self.d, args.targets)
         if args.limit:
             self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
+        gpu = self.device.type == "cuda"
+        self.look_every = LOOK_EVERY if gpu else 1
+        self.multiple = (
+            64 if args.compile else 8 if gpu else 1
+        )  # of tokens in a row: few shapes to compile, aligned masks
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
@@ -209,50 +221,64 @@ def make_config(r: Run) -> dict:
 # --- The loop -------------------------------------------------------------------------------------------------------
 
 
-def get_batch(r: Run, step: int) -> tuple[list[Batch], int]:
-    """This process's forwards of a step, and the number of target tokens of all processes. Every epoch is a permutation
-    of its own, cut into steps."""
+class Step(NamedTuple):
+    forwards: list[Batch]  # of this process, on its device
+    scale: float  # of their summed losses: 1 / target tokens of all processes
+    tokens: int  # that this process reads
+
+
+def get_batch(r: Run, step: int) -> Step:
+    """What a step learns from. Every epoch is a permutation of its own, cut into steps; processes share a step."""
     order = np.random.default_rng((r.args.seed, step // r.per_epoch)).permutation(len(r.pool))
-    chosen = [r.pool[i] for i in order[step % r.per_epoch * r.args.batch :][: r.args.batch]]
-    coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in chosen[r.world.rank :: r.world.size]]
-    return forwards(coded, r.args.tokens), data.n_title_tokens(r.cat, chosen)
+    chosen = order[step % r.per_epoch * r.args.batch :][: r.args.batch].tolist()
+    mine = chosen[r.world.rank :: r.world.size]
+    for i in (some := mine or chosen[:1]):  # DDP needs a forward of every process
+        if i not in r.coded:
+            r.coded[i] = data.encode(r.cat, r.pool[i], r.args.loss == "msl")
+    n = data.n_title_tokens(r.cat, [r.pool[i] for i in chosen])
+    return make_step(r, [r.coded[i] for i in some], 1 / n if mine else 0.0)
 
 
-def forwards(coded: list[dict], budget: int) -> list[Batch]:
-    """Batches of at most budget tokens, longest first; the sum of their losses is the loss of all."""
-    return [data.collate([coded[i] for i in at]) for at in data.batches([len(c["tokens"]) for c in coded], budget)]
+def make_step(r: Run, coded: list[dict], scale: float) -> Step:
+    """Forwards of at most args.tokens tokens, longest first."""
+    size = [len(c["tokens"]) for c in coded]
+    parts = [[coded[i] for i in part] for part in data.batches(size, r.args.tokens)]
+    return Step([data.collate(r.cat, part, r.multiple).to(r.device) for part in parts], scale, sum(size))
+
+
+def ahead(make, first: int, last: int) -> Iterator:
+    """make(first), .., make(last - 1), each made by a thread while its predecessor is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, first)
+        for i in range(first, last):
+            made = coming.result()
+            coming = thread.submit(make, min(i + 1, last - 1))
+            yield made
 
 
 def loss_of(r: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
-    b = b.to(r.device)
-    with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-        h = r.model(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
-        if r.args.loss == "msl":
-            return trie_nll(r.model, r.trie, h, b.node, b.next).sum()
-        return full_nll(r.model, h, b.next).sum()
+    h = r.net(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
+    return (trie_nll if r.args.loss == "msl" else full_nll)(r.model, r.columns, h, b).sum()
 
 
-def update(r: Run, step: int, batches: list[Batch], n_tokens: int, lr: float) -> float:
-    """One step of the optimizer -> the loss, a mean over all target tokens."""
+def update(r: Run, step: int, batch: Step, lr: float) -> Tensor:
+    """One step of the optimizer -> (2,) this process's parts of the loss, a mean over all target tokens, and of the
+    gradient's norm. Where that is not finite, the weights stay as they were. Nothing here waits for the device."""
     torch.manual_seed((r.args.seed * 1_000_003 + step) * 1009 + r.world.rank)  # dropout
-    loss = torch.zeros(1, device=r.device)
-    for b in batches:
-        part = loss_of(r, b) / n_tokens
-        part.backward()
+    loss = torch.zeros((), device=r.device)
+    for i, b in enumerate(batch.forwards, 1):
+        r.net.require_backward_grad_sync = i == len(batch.forwards)  # DDP sums the gradients of processes once
+        part = loss_of(r, b) * batch.scale
+        (part * r.world.size).backward()  # DDP takes the mean over processes
         loss += part.detach()
-    for p in r.params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    r.world.sum_([*(p.grad for p in r.params), loss])
     norm = torch.nn.utils.clip_grad_norm_(r.params, CLIP)
-    if not math.isfinite(loss + norm):  # a finite loss may have a gradient that would make the weights NaN
-        raise InputError(f"the loss or its gradient is not finite at step {step}; the newest checkpoint in {r.out} is "
-                         "from before; a lower --lr may help, if the base is sound")  # fmt: skip
+    r.optimizer.found_inf = 1 - norm.isfinite().float()  # 1: AdamW leaves this update out, as for torch's GradScaler
     for group in r.optimizer.param_groups:
         group["lr"] = lr
     r.optimizer.step()
     r.optimizer.zero_grad()
-    return float(loss)
+    return torch.stack((loss, norm / r.world.size))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -281,20 +307,22 @@ def train(r: Run) -> bool:
     state = {"step": 0, "losses": [], "best": [-1.0, 0.0], "best_step": 0, "seconds": 0.0, "log": []}
     if r.args.resume:
         state = load_step(r, state)
-    first, before, tokens, start = state["step"], state["seconds"], 0, time.time()
+    first, before, tokens, recent, start = state["step"], state["seconds"], 0, [], time.time()
     quiet = r.world.rank > 0 or not sys.stderr.isatty()
     r.model.train()
     with stop_signals() as asked, tqdm(total=r.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
-        for step in range(first, r.steps):
-            batches, n_tokens = get_batch(r, step)
+        for step, batch in enumerate(ahead(lambda i: get_batch(r, i), first, r.steps), first):
             lr = learning_rate(step, r.steps, r.args.lr)
-            loss = update(r, step, batches, n_tokens, lr)
-            tokens += sum(int((b.item >= 0).sum()) for b in batches) * r.world.size
-            seconds = time.time() - start
-            state |= {"step": step + 1, "losses": [*state["losses"], loss], "seconds": before + seconds}
+            recent.append(update(r, step, batch, lr))
+            tokens += batch.tokens * r.world.size
             bar.update()
-            bar.set_postfix_str(f"loss {np.mean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
-            due, stop = step + 1 == r.steps or (step + 1) % r.args.eval_every == 0, r.world.any(bool(asked))
+            due = step + 1 == r.steps or (step + 1) % r.args.eval_every == 0
+            if not (due or (step + 1) % r.look_every == 0):
+                continue
+            (state["losses"], stop), recent = look(r, state["losses"], recent, bool(asked)), []
+            seconds = time.time() - start
+            state |= {"step": step + 1, "seconds": before + seconds}
+            bar.set_postfix_str(f"loss {np.nanmean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
             if due:
                 log(r, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
                 start = time.time() - seconds  # seconds and tokens/s are of the training alone
@@ -302,7 +330,22 @@ def train(r: Run) -> bool:
                 save_step(r, state)
             if stop:
                 return False
-    return not r.world.any(bool(asked))
+    return True
+
+
+def look(r: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tuple[list[float], bool]:
+    """Waits for the device, to add the losses of recent steps, as `update` returned them -> losses, NaN for an update
+    that was left out; whether any process was asked to stop."""
+    told = torch.stack([*recent, torch.full_like(recent[0], asked)])  # (n + 1, 2)
+    r.world.sum_(told)
+    *values, (asked, _) = told.tolist()
+    found = [loss if math.isfinite(norm) else math.nan for loss, norm in values]
+    if (lost := sum(map(math.isnan, found))) and r.world.rank == 0:
+        tqdm.write(f"{lost} of the last {len(found)} updates had a loss or a gradient that is not finite: left out")
+    losses = losses + found
+    if len(losses) >= LOOK_EVERY and not any(map(math.isfinite, losses[-LOOK_EVERY:])):
+        raise InputError(DIVERGED.format(r.out))
+    return losses, asked > 0
 
 
 def merit(line: dict) -> list[float]:
@@ -312,7 +355,9 @@ def merit(line: dict) -> list[float]:
 
 def log(r: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
-    line = {"step": state["step"], "loss": float(np.mean(state["losses"]))} | validate(r) | speed
+    if not any(map(math.isfinite, state["losses"])):
+        raise InputError(DIVERGED.format(r.out))
+    line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(r) | speed
     better = merit(line) > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
     if better:

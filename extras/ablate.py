@@ -244,12 +244,12 @@ def make_table(args):
 
 
 @torch.inference_mode()
-def shares(model: Llama, coded: list[dict], budget: int = 4096) -> Tensor:
+def shares(model: Llama, cat: data.Catalogue, coded: list[dict], budget: int = 4096) -> Tensor:
     """Texts of one target each, as data.encode makes them -> (layers, GROUPS, PARTS), mean over heads and all queries
     of a group. To the header every item is another one, so it has nothing `within`; a token is within its own item."""
     total, n = torch.zeros(len(model.layers), len(GROUPS), len(PARTS)).double(), torch.zeros(len(GROUPS), 1).double()
-    for b in train.forwards(coded, budget):
-        b = b.to(model.head.device)
+    for part in data.batches([len(c["tokens"]) for c in coded], budget):
+        b = data.collate(cat, [coded[i] for i in part]).to(model.head.device)
         lay, own, other = layout(b.item), b.item[:, :, None], b.item[:, None, :]
         within, first = (own > 0) & (own == other), torch.zeros_like(lay.sees)
         first[:, :, 0] = True
@@ -257,7 +257,8 @@ def shares(model: Llama, coded: list[dict], budget: int = 4096) -> Tensor:
         title = b.item == b.item.amax(1, keepdim=True)
         groups = torch.stack((title.roll(-1, 1) & ~title, title, (b.item > 0) & ~title)).double()  # (GROUPS, B, T)
         n += groups.sum((1, 2)).cpu()[:, None]
-        x, cos_sin = model.embed_tokens(b.tokens), rope(model.config, lay.pos)
+        x = model.embed_tokens(b.tokens)
+        cos_sin = rope(model.config, lay.pos, x.dtype)
         for layer, block in enumerate(model.layers):
             q, k, _ = (y.double() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, D), as q
@@ -281,7 +282,7 @@ def show_attention(args):
         if which == "base":
             base = find_base(Path(args.out), c, args.base)
             model = load(base, plan, model.head.dtype).to(model.head.device).eval()
-        name, share = f"{which}, plan {plan}", shares(model, coded)
+        name, share = f"{which}, plan {plan}", shares(model, cat, coded)
         print(f"\n{name}\n{'layer':<14}" + "".join(f"{group:<36}" for group in GROUPS))
         print(" " * 12 + "".join(f"{part:>9}" for part in PARTS * len(GROUPS)))
         for i, (kind, row) in enumerate(zip(model.plan, share.flatten(1).tolist(), strict=True), 1):

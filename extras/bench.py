@@ -216,8 +216,8 @@ def finetuner(r: train.Run, theirs):
 
 def our_step(r: train.Run, examples: list[data.Example], lr: float) -> float:
     """-> the loss. The targets of an example share its history."""
-    parts = train.forwards([data.encode(r.cat, e, False) for e in examples], r.args.tokens)
-    return train.update(r, 0, parts, data.n_title_tokens(r.cat, examples), lr)
+    coded = [data.encode(r.cat, e, False) for e in examples]
+    return float(train.update(r, 0, train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, examples)), lr)[0])
 
 
 def bench_train(args) -> dict:

@@ -244,7 +244,7 @@ def test_shares_by_hand(runs, plan):
     coded, model = [data.encode(cat, e, False) for e in data.window_examples(windows)], tiny_model(plan, vocab_size=400)
     want = shares_by_hand(model, coded)
     for budget in (1, 10_000):  # one text a forward, or all in one with padding
-        assert_close(ablate.shares(model, coded, budget), want, rtol=0, atol=1e-6)
+        assert_close(ablate.shares(model, cat, coded, budget), want, rtol=0, atol=1e-6)
 
 
 def test_attention_and_its_base(runs, shop, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_decode(places, capsys):
 def test_train(places, capsys, monkeypatch):
     """The losses stay together while the adapters learn, and where all targets share one forward on our side."""
     pytest.importorskip("peft")
-    monkeypatch.setitem(bench.train.RATES, "lora", 0.03)
+    monkeypatch.setitem(bench.train.RATES, "lora", 0.003)
     out = result(["train", *places], capsys)
     _, last, _, every = out["rows"]
     assert last["targets"] == 4 < every["targets"]

@@ -376,10 +376,10 @@ def test_tokenizers_that_do_not_fit(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
     with refuses(ODD[3], token := int(odd().titles[3][0])):
         catalogue(tokenizer_of_odd(), eos_token_id=token)
-    last = max(t for text in data.PROMPT for t in tokenizer_of_odd().encode(text).ids)
-    beyond = next(i for i, t in enumerate(odd().titles) if t.max() > last)
-    with refuses(ODD[beyond], f"{last + 1} tokens"):
-        catalogue(tokenizer_of_odd(), vocab_size=last + 1)
+    tokenizer = tokenizer_of_odd()
+    first = tokenizer.token_to_id(data.PROMPT[0])  # what the prompt needs comes last, so that it is seen first
+    with refuses(repr(data.PROMPT[0]), f"{first} tokens"):
+        catalogue(tokenizer, vocab_size=first)
 
 
 def test_a_vocabulary_too_small_for_the_prompt():
@@ -445,12 +445,20 @@ def test_collate():
     cat = odd()
     examples = [Example([0], [(1, 1)]), Example([3, 1, 4], [(1, 1), (3, 4)]), Example([2, 4, 9, 1], [(4, 12)])]
     coded = [data.encode(cat, e, True) for e in examples]
-    b, T = data.collate(coded), max(len(c["tokens"]) for c in coded)
+    b, T = data.collate(cat, coded), max(len(c["tokens"]) for c in coded)
     for name, filler in (("tokens", 0), ("item", -1), ("branch", 0), ("fork", 0)):
         assert getattr(b, name).tolist() == [[*c[name], *[filler] * (T - len(c[name]))] for c in coded]
     assert b.rows.tolist() == [n * T + a for n, c in enumerate(coded) for a in c["at"]]
-    assert all(getattr(b, x).tolist() == [v for c in coded for v in c[x]] for x in ("next", "node"))
-    single = data.collate([coded[0], coded[2]]).to("cpu")
+    following, node = ([v for c in coded for v in c[x].tolist()] for x in ("next", "node"))
+    assert cat.columns[b.next].tolist() == following
+    may_follow = [
+        (n, int(token)) for n, at in enumerate(node) for token in cat.trie.token[cat.trie.parent == at] if at or token
+    ]
+    assert sorted(zip(b.row.tolist(), cat.columns[b.column].tolist(), strict=True)) == sorted(may_follow)
+    wide = data.collate(cat, coded, 64)
+    assert wide.tokens.shape[1] % 64 == 0 and (wide.item[:, T:] == -1).all()
+    assert wide.tokens.flatten()[wide.rows].tolist() == b.tokens.flatten()[b.rows].tolist()
+    single = data.collate(cat, [coded[0], coded[2]]).to("cpu")
     assert single.branch is None and single.fork is None
 
 

@@ -332,9 +332,9 @@ def test_a_loss_is_the_decoders_score(loss, score):
     tokens, item, _ = data.collate_prompts(cat, [history])
     got = Decoder(m, cat.trie, score).score(tokens, item, everyone(cat.trie, 1))[0]
     for target, leaf in enumerate(cat.trie.leaf_of_item):
-        b = data.collate([data.encode(cat, Example(history, [(3, target)]), loss == "msl")])
+        b = data.collate(cat, [data.encode(cat, Example(history, [(3, target)]), loss == "msl")])
         h = m(b.tokens, layout(b.item), rows=b.rows)
-        nll = trie_nll(m, cat.trie, h, b.node, b.next) if loss == "msl" else full_nll(m, h, b.next)
+        nll = (trie_nll if loss == "msl" else full_nll)(m, cat.columns, h, b)
         assert abs(float(nll.sum().detach()) + got[leaf]) < 1e-4
 
 
