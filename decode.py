@@ -16,7 +16,7 @@ from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
 TITLES = 256  # titles of a user that are scored at a time
-LAST = 1 << 40  # more than any depth
+LAST, NEVER = 1 << 40, 1 << 41  # turns, after all depths
 
 
 def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
@@ -32,12 +32,10 @@ def trie_logits(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, tau: float) 
     return row, child, model.logits(h, columns)[row, at] / tau
 
 
-def best_first(user: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) -> order (M,) that sorts by user, then by falling score; rank (M,) within the user, along that order."""
-    order = torch.argsort(score, descending=True, stable=True)
-    order = order[torch.argsort(user[order], stable=True)]
-    user = user[order]
-    return order, torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
+def best_first(group: Tensor, score: Tensor) -> Tensor:
+    """(M,) -> order (M,): by group, then by falling score. No score is above 0, so the bits of its size can be sorted
+    as a whole number."""
+    return torch.argsort(group << 32 | (0 - score).view(torch.int32).long(), stable=True)
 
 
 @dataclass
@@ -80,13 +78,11 @@ class SearchState:
     cache: Cache
 
     def keep(self, user: Tensor):
-        """Lets go of the other rows once half of them are done: a step costs each row as much as the busiest one."""
-        user = torch.unique(user)
-        if 2 * len(user) <= len(self.user):
-            at = torch.searchsorted(self.user, user)
-            for name in ("user", "item", "length", "title", "nodes"):
-                setattr(self, name, getattr(self, name)[at])
-            self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
+        """Lets go of all rows but these users': a step costs each row as much as the busiest one."""
+        at = torch.searchsorted(self.user, user)
+        for name in ("user", "item", "length", "title", "nodes"):
+            setattr(self, name, getattr(self, name)[at])
+        self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
 
 
 class Decoder:
@@ -144,10 +140,10 @@ class Decoder:
         x[torch.nonzero(own)[:, 0], at[own]] = y[own]
         return x
 
-    def feed(self, state: SearchState, nodes: Tensor) -> Tensor:
-        """Reads nodes (B, Q), -1 for none -> (F, d), one row after the other. A node sees the prompt and those of its
-        ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and values serve all
-        of them, and no cache is ever reordered."""
+    def feed(self, state: SearchState, nodes: Tensor, rows: Tensor) -> Tensor:
+        """Reads nodes (B, Q), -1 for none -> (F, d) of those at rows (F,) of nodes.flatten(). A node sees the prompt
+        and those of its ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and
+        values serve all of them, and no cache is ever reordered."""
         trie, Q = self.trie, nodes.shape[1]
         state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
         q, k = nodes[:, :, None], state.nodes[:, None, :]
@@ -157,7 +153,6 @@ class Decoder:
         sees = torch.cat(((state.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
         item = torch.cat((state.item, torch.where(state.nodes >= 0, state.title[:, None], -1)), 1)  # (B, T + n)
         pos = state.length[:, None] + trie.depth[nodes] - 1
-        rows = torch.nonzero(nodes.flatten() >= 0).flatten()
         return self.model(trie.token[nodes], Layout(item, pos, sees), state.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,9 +162,7 @@ class Decoder:
             total = torch.cat([self.model.logits(part).logsumexp(-1) for part in h.split(ROWS)])
         else:
             total = segment_logsumexp(z, row, len(nodes))
-        if not total.isfinite().all():
-            raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
-        return row, child, z - total[row]
+        return row, child, (z - total[row]).clamp(max=0)  # above it by rounding alone
 
     # --- The K best titles ------------------------------------------------------------------------------------------
 
@@ -186,29 +179,23 @@ class Decoder:
         own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target[:, None])[:, 0]
         root = torch.zeros(B, dtype=torch.long, device=device)
         beam = Prefixes(torch.arange(B, device=device), root, root.float(), root.bool())
-        finished, waiting = beam[:0], beam[:0]
+        finished, waiting = beam[root[:0]], beam[root[:0]]
         dropped = torch.full((B,), -torch.inf, device=device)  # the best score that was given up
-        fed = root.clone()
+        fed, sound = root.clone(), torch.tensor(True, device=device)
         while len(beam):
-            grown = self.grow(beam, h)
-            whole = (self.trie.fan[grown.node] == 0) if self.full else (self.trie.leaves[grown.node] == 1)
-            finished, to_beat = best(finished + grown[whole], k, B)
-            waiting = waiting + grown[~whole]
-            waiting = waiting[waiting.score > to_beat[waiting.user]]
-            lost = waiting.deferred & (fed[waiting.user] >= limit)
-            dropped = dropped.scatter_reduce(0, waiting.user[lost], waiting.score[lost], "amax")
-            waiting = waiting[~lost]
-            beam, waiting, overflow = choose(waiting, self.trie.depth[waiting.node], width, B)
-            overflow.deferred = torch.ones_like(overflow.deferred)
-            waiting = waiting + overflow
+            grown = finished + waiting + self.grow(beam, h)
+            sound = sound & grown.score.isfinite().all()
+            whole = (self.trie.fan if self.full else self.trie.leaves)[grown.node] == (0 if self.full else 1)
+            depth = self.trie.depth[grown.node]
+            finished, waiting, beam, lost = divide(grown, whole, depth, k, width, fed >= limit)
+            dropped = torch.maximum(dropped, lost)
             if len(beam):
-                state.keep(torch.cat((beam.user, waiting.user)))
-                h, beam, n = self.advance(state, beam)
-                fed = fed.index_add(0, beam.user, n)
-        order, rank = best_first(finished.user, finished.score)
-        finished = finished[order]
+                h, beam, n = self.advance(state, beam, B)
+                fed = fed + n
         leaf, score = torch.full((B, k), -1, device=device), torch.full((B, k), -torch.inf, device=device)
+        rank = place_in_group(finished.user)
         leaf[finished.user, rank], score[finished.user, rank] = self.trie.leaf[finished.node], finished.score
+        check_finite(sound)
         return Ranking(leaf, score, dropped <= score[:, -1], own, fed)
 
     def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
@@ -216,22 +203,30 @@ class Decoder:
         row, child, logp = self.expand(h, p.node)
         return Prefixes(p.user[row], child, p.score[row] + logp, p.deferred[row])
 
-    def advance(self, state: SearchState, p: Prefixes) -> tuple[Tensor, Prefixes, Tensor]:
+    def advance(self, state: SearchState, p: Prefixes, B: int) -> tuple[Tensor, Prefixes, Tensor]:
         """Reads the prefixes p, sorted by user, and what follows on the way to where their titles part -> h (F, d)
-        there, the prefixes there, and how many tokens each took (F,). full: p alone, for what follows is certain in the
+        there, the prefixes there, and how many tokens that took (B,). full: p alone, for what follows is certain in the
         trie, but not in the vocabulary."""
         trie = self.trie
         goal = p.node if self.full else trie.stop[p.node]
         n = trie.depth[goal] - trie.depth[p.node] + 1  # (F,) tokens to read
-        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)  # prefix of every token
-        flat = torch.arange(len(row), device=n.device)
+        read = n.new_zeros(B).index_add(0, p.user, n)
+        total, Q, busy = torch.stack((n.sum(), read.max(), (read > 0).sum())).tolist()
+        if 2 * busy <= len(state.user):
+            state.keep(torch.nonzero(read).flatten())
+        row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=total)  # prefix of a token
+        flat = torch.arange(total, device=n.device)
         path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
-        user = torch.searchsorted(state.user, p.user[row])
-        column = flat - torch.searchsorted(user, user)
-        grid = goal.new_full((len(state.user), int(column.max()) + 1), -1)
-        grid[user, column] = trie.path_node[path]
-        h = self.feed(state, grid)[n.cumsum(0) - 1]
-        return h, Prefixes(p.user, goal, p.score, p.deferred), n
+        h = self.feed_flat(state, p.user[row], trie.path_node[path], Q)
+        return h[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.deferred), read
+
+    def feed_flat(self, state: SearchState, user: Tensor, nodes: Tensor, Q: int) -> Tensor:
+        """Reads nodes (F,) of user (F,), ascending; at most Q a user -> (F, d)."""
+        b = torch.searchsorted(state.user, user)
+        rows = b * Q + place_in_group(b)
+        grid = nodes.new_full((len(state.user), Q), -1)
+        grid.view(-1)[rows] = nodes
+        return self.feed(state, grid, rows)
 
     # --- The score of given titles ----------------------------------------------------------------------------------
 
@@ -241,6 +236,7 @@ class Decoder:
         state, h = self.prefill(tokens, item)
         order = leaves.argsort(1)  # titles that begin alike stand side by side: what they share is read once
         parts = [self.score_after(state, h, some) for some in leaves.gather(1, order).split(TITLES, 1)]
+        check_finite(torch.cat(parts, 1).isfinite().all())
         return torch.cat(parts, 1).gather(1, order.argsort(1))
 
     def score_after(self, state: SearchState, h: Tensor, leaves: Tensor) -> Tensor:
@@ -268,29 +264,44 @@ class Decoder:
         read = torch.unique(edge[(trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)])
         if len(read):
             user, nodes = read // trie.n_nodes, read % trie.n_nodes
-            column = torch.arange(len(read), device=read.device) - torch.searchsorted(user, user)
-            grid = nodes.new_full((B, int(column.max()) + 1), -1)
-            grid[user, column] = nodes
-            note(user, nodes, self.feed(state, grid))
+            note(user, nodes, self.feed_flat(state, user, nodes, int(user.bincount().max())))
             state.nodes, state.cache.n = state.nodes[:, :0], state.item.shape[1]
         return torch.zeros(B * n, device=h.device).index_add(0, title, logp[at]).view(B, n)
 
 
-def best(p: Prefixes, k: int, B: int) -> tuple[Prefixes, Tensor]:
-    """Every user's k best, and the score to beat (B,): of the k-th, -inf where there are fewer."""
-    order, rank = best_first(p.user, p.score)
-    p, rank = p[order[rank < k]], rank[rank < k]
-    to_beat = torch.full((B,), -torch.inf, device=p.user.device)
-    to_beat[p.user[rank == k - 1]] = p.score[rank == k - 1]
-    return p, to_beat
+def check_finite(sound: Tensor):
+    if not sound:
+        raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
 
 
-def choose(p: Prefixes, depth: Tensor, width: int, B: int) -> tuple[Prefixes, Prefixes, Prefixes]:
-    """p, depth (F,) -> a user's beam: the `width` best of its shortest prefixes, or of its deferred ones where there
-    are no others; those whose turn has not come; and those of this turn that the beam has no place for."""
-    turn = torch.where(p.deferred, LAST, depth)
-    first = torch.full((B,), LAST, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
-    now = turn == first[p.user]
-    rest, p = p[~now], p[now]
-    order, rank = best_first(p.user, p.score)
-    return p[order[rank < width]], rest, p[order[rank >= width]]
+def place_in_group(group: Tensor) -> Tensor:
+    """group (M,), ascending -> (M,) 0, 1, .. within each group."""
+    return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+
+
+def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired: Tensor):
+    """One step of the search for all users at once, with a single wait for the device.
+
+    p, whole, depth (F,): all prefixes, which are whole titles, their lengths. tired (B,): users whose deferred prefixes
+    are given up -> a user's k best titles; the prefixes that wait, for they can still enter the top k; the beam: the
+    `width` best of the shortest prefixes, or of the deferred ones where there are no others; (B,) the best score that
+    was given up, -inf for none. All sorted by user. What the beam has no place for is deferred."""
+    order = best_first(p.user * 2 + ~whole, p.score)  # a user's titles, then the prefixes, each from the best on
+    p, whole, depth = p[order], whole[order], depth[order]
+    none = torch.full(tired.shape, -torch.inf, device=tired.device)
+    kept = whole & (place_in_group(p.user) < k)
+    last = kept & (place_in_group(p.user) == k - 1)
+    to_beat = none.scatter_reduce(0, p.user, p.score.where(last, -torch.inf), "amax")
+    live = ~whole & (p.score > to_beat[p.user])
+    lost = live & p.deferred & tired[p.user]
+    given_up = none.scatter_reduce(0, p.user, p.score.where(lost, -torch.inf), "amax")
+    turn = torch.where(p.deferred, LAST, depth).where(live & ~lost, NEVER)
+    first = torch.full(tired.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
+    now = (turn == first[p.user]) & (turn < NEVER)
+    nth = now.cumsum(0)  # counts from 1 along all users
+    beam = now & (nth - nth[torch.searchsorted(p.user, p.user)] + now[torch.searchsorted(p.user, p.user)] <= width)
+    p.deferred = p.deferred | (now & ~beam)
+    kind = 3 - 3 * kept.long() - 2 * (turn < NEVER).long() + beam.long()  # 0 title, 1 waits, 2 beam, 3 nothing
+    by_kind = torch.argsort(kind, stable=True)
+    parts = by_kind.split(torch.bincount(kind, minlength=4).tolist())
+    return *(p[at] for at in parts[:3]), given_up

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from conftest import REPO, refuses, spread
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
@@ -66,10 +67,10 @@ def write_data(folder: Path, users: int = 60, seed: int = 0) -> Path:
     return folder
 
 
-def write_base(folder: Path, shop: Path) -> Path:
+def write_base(folder: Path, shop: Path, **more) -> Path:
     """A Hugging Face folder of a small Llama with its tokenizer."""
     tokenizer = data.train_tokenizer(data.load(shop).titles)
-    c = Config(**SMALL, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0, tie_word_embeddings=False)
+    c = Config(**SMALL | more, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0, tie_word_embeddings=False)
     llama.save(spread(Llama(c), 3), folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -576,6 +577,44 @@ def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
     assert train.validate(r) == first and r.model.training and seen[0] == seen[1]  # so that runs can be compared
     r.model.eval()
     assert first["valid_nll"] == pytest.approx(brute_force(r, data.window_examples(seen[0]))[0].item() / 7)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is dispatched and is more than another view of a tensor."""
+
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not (op.is_view or op._overloadpacket in (torch.ops.aten._unsafe_view, torch.ops.aten.detach))
+        return op(*args, **kwargs or {})
+
+
+def test_a_step_is_few_operations(shop, tmp_path, monkeypatch):
+    """A LoRA forward and backward of 30 layers: a GPU that is given more small operations waits for the next one. What
+    is one operation on a GPU but several on a CPU counts as one here, and as one in the backward pass."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, True)[0])
+    r = make_run(shop, model=write_base(tmp_path / "deep", shop, num_hidden_layers=30), lora=8)
+    (b,) = train.get_batch(r, 0).forwards
+    r.model.train()
+    with Kernels() as kernels:
+        train.loss_of(r, b).backward()
+    assert 1500 < kernels.n <= 2500
+
+
+@pytest.mark.parametrize("flags", [{"loss": "msl"}, {"loss": "lml", "targets": "all"}])
+def test_a_step_never_waits_for_the_device(flags, shop, base):
+    """Meta tensors have a shape and no values, so that whatever needs one raises: .item(), a boolean index, a size that
+    depends on data. Each of these would stop the CPU until a GPU has caught up."""
+    r = make_run(shop, model=base, lora=4, **flags)
+    batch = train.get_batch(r, 0)
+    r.net, r.device, r.columns = r.model.to("meta").train(), torch.device("meta"), r.columns.to("meta")
+    r.params = [p for p in r.model.parameters() if p.requires_grad]
+    r.optimizer.step = lambda: None  # torch's fused kernel, which has no meta version
+    told = train.update(r, 0, batch._replace(forwards=[b.to("meta") for b in batch.forwards]), 1e-3)
+    assert told.is_meta and told.shape == (2,)
+    with pytest.raises(RuntimeError, match="meta"):
+        train.look(r, [], [told], False)
 
 
 def test_weight_decay_is_for_matrices_only(shop, monkeypatch):
