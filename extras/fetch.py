@@ -189,18 +189,17 @@ def amazon(reviews, meta, notes):
 def movielens(archive, scratch, notes):
     """MovieLens-100K, GroupLens's zip or recbole's wheel -> {item: title}, {user: (time, item) pairs}, ids as they are.
     The files are shuffled: the order of ties tells nothing, as the order of item ids would, and stays."""
-    names = [f"ml-100k/u.{end}" for end in ("data", "item")]
-    if archive.suffix == ".whl":
-        names = [f"recbole/dataset_example/ml-100k/ml-100k.{end}" for end in ("inter", "item")]
+    wheel = archive.suffix == ".whl"
+    prefix, ratings = ("recbole/dataset_example/ml-100k/ml-100k.", "inter") if wheel else ("ml-100k/u.", "data")
     with zipfile.ZipFile(archive) as packed:
-        ratings, films = (Path(packed.extract(name, scratch / "unpacked")) for name in names)
+        ratings, films = (Path(packed.extract(prefix + end, scratch / "unpacked")) for end in (ratings, "item"))
     users, _ = prepare.read_interactions(ratings, notes)
-    films = prepare.read_items(films, notes)
-    for film in films.values() if archive.suffix == ".whl" else ():
-        # the last brackets are a column of their own ('Godfather, The', '1972'; once 'V'), and one title is misspelt
-        year = film["release_year"]
-        film["title"] = "unknown" if year == "unkonwn" else f"{film['title']} ({year})"
-    return {item: film["title"] for item, film in films.items()}, users
+    titles = {}
+    for item, film in prepare.read_items(films, notes).items():
+        titles[item], year = film["title"], film.get("release_year")
+        if year:  # the wheel's column of the last brackets ('Godfather, The', '1972'; once 'V'); one film is misspelt
+            titles[item] = "unknown" if year == "unkonwn" else f"{film['title']} ({year})"
+    return titles, users
 
 
 dataset = weights = fetch  # as the other programs call it

@@ -47,7 +47,7 @@ MOVIELENS = {  # files without a header: what stands between the columns, and th
     "ratings.dat": ("::", "user item rating timestamp"),
     "movies.dat": ("::", "item title genres"),
 }
-BREAKS = r"[\t-\r\x1c-\x1e\x85\u2028\u2029]"  # all that ends a line somewhere, or a column
+BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]")  # all that ends a line somewhere, or a column
 NO_ID = "interactions without a user or an item are left out"
 NO_TIME = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
 
@@ -137,7 +137,7 @@ def bare(value):
 
 def clean(value):
     """One line of text, without HTML's entities."""
-    return re.sub(BREAKS, " ", html.unescape(bare(value))).strip()
+    return BREAKS.sub(" ", html.unescape(bare(value))).strip()
 
 
 def seconds(value):
@@ -170,7 +170,7 @@ def read_interactions(path, notes, given=NAMES):
             note(notes, NO_ID, where)
         elif time is None:
             note(notes, NO_TIME, where)
-        elif item.split() != [item] or re.search(BREAKS, user):
+        elif item.split() != [item] or BREAKS.search(user):
             what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
             raise InputError(f"{where}: {what}; write them without, in both files")
         else:

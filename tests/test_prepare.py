@@ -44,22 +44,23 @@ FORMATS = {  # interactions, items, further columns of the items
     ),
     "semicolons, quotes, byte order mark, Windows": (
         ("r.csv", '\ufeff"customer";"sku";"date"\r\n' + lines('"{u}";"{i}";"{t}"').replace("\n", "\r\n")),
-        ("i.csv.gz", '\ufeffSKU;"Brand, or maker";product\r\n1;"B";"Pen"\r\n2;;Ink\r\n'),
-        ["Brand, or maker"],
+        ("i.csv.gz", '\ufeff"Brand; or maker";SKU;product\r\n"B";1;"Pen"\r\n;2;Ink\r\n'),
+        ["Brand; or maker"],
     ),
     "one file": (sales := ("s.tsv", "name\tuser\titem\tdate\nInk\t1\t2\t2014-05-14T16:53:20\n"
                  "Ink\t2\t2\t2014-05-15 18:53:20+02:00\nPen\t1\t1\t2014-05-13 16:53:20 UTC\n"), sales, []),
     "RecBole": (
         ("x.inter", "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + lines("{u}\t{i}\t5.0\t{t}.0")),
-        ("x.item", "item_id:token\ttitle:token_seq\tprice:float\n1\tPen\t2.5\n2\tInk\t3\n"),
-        ["price"],
+        ("x.item", 'item_id:token\ttitle:token_seq\tbrand:token\n1\tPen\t"Old" pens\n2\tInk\t\n'),
+        ["brand"],
     ),
     "MovieLens 100K": (
         ("u.data", lines("{u}\t{i}\t5\t{t}")), ("u.item", "1|Pen|01-Jan-1995||http|0|1\n2|Ink|||http|0|1\n\n"),
         ["release_date"],
     ),
     "MovieLens 1M": (
-        ("ratings.dat", lines("{u}::{i}::5::{t}")), ("movies.dat.gz", "1::Pen::Comedy|War\n2::Ink::War\n"), ["genres"],
+        ("ratings.dat", lines("{u}::{i}::5::{t}")), ("movies.dat.gz", '1::Pen::"War" or not\n2::Ink::War\n'),
+        ["genres"],
     ),
     "Amazon 2014, 2018": (
         ("r.json.gz", lines('{{"reviewerID": "{u}", "asin": "{i}", "summary": "title", "unixReviewTime": {t}}}')),
