@@ -214,5 +214,3 @@ def test_the_command_says_what_it_made_and_what_comes_next(tmp_path, monkeypatch
     assert out.endswith(f"next: python train.py --data {tmp_path}/my/shop\n")
     with pytest.raises(SystemExit, match="error: .*my/shop is there already.*nothing was written"):
         prepare.main()
-    with refuses("r.csv", "python -m extras.prepare"):
-        data.find(paths[0])
