@@ -230,7 +230,9 @@ def find(name: str | Path) -> Path:
 
         return fetch.dataset(str(name), Path("data"))
     if Path(name).is_file():
-        raise InputError(f"--data {name} is a file; a folder with items.tsv and sequences.tsv is needed, see README.md")
+        raise InputError(
+            f"--data {name} is a file; make a folder of it: python -m extras.prepare {name} ITEMS --out FOLDER"
+        )
     near = difflib.get_close_matches(str(name), PRESETS, 1) or PRESETS[:2]
     raise InputError(f"--data {name}: no items.tsv[.gz] in {', '.join(map(str, places))}; try {' or '.join(near)}")
 

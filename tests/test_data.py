@@ -111,7 +111,11 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
         place.mkdir(parents=True)
         assert data.find(write(place, items=ITEMS).name).resolve() == place
     (tmp_path / "mine.csv").write_text("1,A pen\n")
-    for name, hint in (("mine.csv", "items.tsv and sequences.tsv"), ("beuaty", "beauty"), ("office", "items.tsv")):
+    for name, hint in (
+        ("mine.csv", "python -m extras.prepare mine.csv ITEMS"),
+        ("beuaty", "beauty"),
+        ("office", "items.tsv"),
+    ):
         with refuses(f"--data {name}", hint):
             data.find(name)
 

@@ -112,14 +112,16 @@ def test_bombs(monkeypatch, tmp_path):
 def archives(folder, ratings="2\t11\t5\t300\n1\t9\t3\t100\n2\t10\t3\t200\n1\t10\t1\t100\n10\t9\t4\t50\n"):
     """The same films and ratings as GroupLens's zip and as recbole's wheel."""
     films = "9|Godfather, The (1972)|1\n10|Misérables, Les (1995)|1\n11|Time (1995) (V)|1\n267|unknown||\n\n"
-    item = "item_id:token\ttitle\tyear\tclass\n9\tGodfather, The\t1972\tDrama\n10\tMisérables, Les\t1995\tDrama\n"
+    item = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n9\tGodfather, The\t1972\tDrama\n"
+    item += "10\tMisérables, Les\t1995\tDrama\n"
     item += "11\tTime (1995)\tV\tDrama\n267\tunkonwn\tunkonwn\tunknown\n"
     with zipfile.ZipFile(folder / "ml-100k.zip", "w") as z:
         z.writestr("ml-100k/u.data", ratings)
         z.writestr("ml-100k/u.item", films.encode("latin-1"))
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     with zipfile.ZipFile(folder / "recbole.whl", "w") as z:
         z.writestr("recbole/dataset_example/ml-100k/ml-100k.item", item)
-        z.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", "user_id:token\titem\trating\tt\n" + ratings)
+        z.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", header + ratings)
     return folder / "ml-100k.zip", folder / "recbole.whl"
 
 
@@ -210,7 +212,7 @@ def test_amazon(tmp_path):
 def test_a_bad_line_is_named(tmp_path):
     for when in ("null", "1e400", "NaN", "9" * 300, "9" * 5000, "-1"):
         with pytest.raises(InputError, match=r"reviews_Beauty_5\.json\.gz, line 7"):
-            fetch.amazon(*amazon_files(tmp_path, [*REVIEWS, f"U1 B9 {when}"]))
+            fetch.write_dataset(amazon_files(tmp_path, [*REVIEWS, f"U1 B9 {when}"]), tmp_path / "x")
     for line in (
         b"{'asin': 'B9', 'title': 'open",
         b"['asin']",
@@ -218,7 +220,7 @@ def test_a_bad_line_is_named(tmp_path):
         b"['asin': 'B9']",
     ):
         with pytest.raises(InputError, match=r"meta_Beauty\.json\.gz, line 5"):
-            fetch.amazon(*amazon_files(tmp_path, meta=META + line))
-    for line in ("1\t1\t1", "1\t1\t1\t" + "9" * 12, "1\t1 2\t1\t5"):
+            fetch.write_dataset(amazon_files(tmp_path, meta=META + line), tmp_path / "x")
+    for line in ("1\t1\t1", "1\t1\t1\t" + "9" * 22, "1\t1 2\t1\t5"):
         with pytest.raises(InputError, match=r"u\.data, line 2"):
-            fetch.movielens(archives(tmp_path, "1\t9\t1\t5\n" + line)[0])
+            fetch.write_dataset(archives(tmp_path, "1\t9\t1\t5\n" + line)[:1], tmp_path / "x")
