@@ -19,7 +19,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +44,12 @@ TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from 
 # --- Reading: what is wrong gets a sentence that names file and line ------------------------------------------------
 
 
-def read_table(folder: Path, name: str, columns: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of folder/name.tsv[.gz] as (where, {column: text}). The header names at least these columns, in any order;
-    quotes are text."""
-    found = [p for p in (folder / f"{name}.tsv", folder / f"{name}.tsv.gz") if p.exists()]
+def read_table(path: Path, columns: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of path[.gz] as (where, {column: text}), one at a time. The header names at least these columns, in any
+    order; quotes are text."""
+    found = [p for p in (path, Path(f"{path}.gz")) if p.exists()]
     if len(found) != 1:
-        raise InputError(f"{folder} has {len(found)} of {name}.tsv and {name}.tsv.gz, but one of the two is needed")
+        raise InputError(f"{path.parent} has {len(found)} of {path.name} and {path.name}.gz; one of the two is needed")
     path = found[0]
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -68,10 +68,10 @@ def read_table(folder: Path, name: str, columns: str) -> Iterator[tuple[str, dic
         raise InputError(f"{path}: cannot be read ({e}); is the file complete, and UTF-8?") from None
 
 
-def read_items(folder: Path) -> dict[str, str]:
+def read_items(path: Path) -> dict[str, str]:
     """item_id -> title ('' where an item has none), in the order of the file."""
     titles = {}
-    for where, row in read_table(folder, "items", "item_id title"):
+    for where, row in read_table(path, "item_id title"):
         if row["item_id"] in titles:
             raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
         titles[row["item_id"]] = " ".join(row["title"].split())
@@ -88,10 +88,12 @@ def read_times(where: str, text: str, n: int) -> list[float]:
     return times
 
 
-def read_ids(where: str, text: str, index: dict[str, int], least: int) -> list[int]:
+def read_ids(
+    where: str, text: str, index: dict[str, int], least: int, of="the catalogue; --catalogue gives another"
+) -> list[int]:
     ids = text.split()
     if unknown := [i for i in ids if i not in index]:
-        raise InputError(f"{where}: item {unknown[0]} is not in items.tsv")
+        raise InputError(f"{where}: item {unknown[0]} is not in {of}")
     if len(ids) < least:
         raise InputError(f"{where}: {len(ids)} items, but {least} are needed")
     return [index[i] for i in ids]
@@ -100,8 +102,8 @@ def read_ids(where: str, text: str, index: dict[str, int], least: int) -> list[i
 def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
     """user -> [(item, time)] in time order."""
     users = {}
-    for where, row in read_table(folder, "sequences", "user_id item_ids times"):
-        items = read_ids(where, row["item_ids"], index, 1)
+    for where, row in read_table(folder / "sequences.tsv", "user_id item_ids times"):
+        items = read_ids(where, row["item_ids"], index, 1, "items.tsv")
         times = read_times(where, row["times"], len(items))
         if any(a > b for a, b in itertools.pairwise(times)):
             raise InputError(f"{where}: the times of user {row['user_id']} are not in ascending order")
@@ -114,8 +116,8 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
 def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dict[str, list]:
     """split -> windows. Untitled items leave the histories; a window with an untitled target is dropped."""
     rows = {"train": [], "valid": [], "test": []}
-    for where, row in read_table(folder, "windows", "split user_id item_ids times"):
-        *history, target = read_ids(where, row["item_ids"], index, 2)
+    for where, row in read_table(folder / "windows.tsv", "split user_id item_ids times"):
+        *history, target = read_ids(where, row["item_ids"], index, 2, "items.tsv")
         history = [i for i in history if titled[i]][-HISTORY:]
         (time,) = read_times(where, row["times"], 1)
         if row["split"] not in rows:
@@ -129,12 +131,25 @@ def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dic
     return rows
 
 
+def read_histories(path: Path, ids: list[str]) -> Iterator["Window"]:
+    """Windows without a target, a line of the file at a time."""
+    index = {x: i for i, x in enumerate(ids)}
+    for where, row in read_table(path, "user_id item_ids"):
+        yield Window(read_ids(where, row["item_ids"], index, 1)[-HISTORY:], None, row["user_id"], math.inf)
+
+
+def read_only(path: Path, index: dict[str, int]) -> list[int]:
+    """The items of a file of ids, one a line."""
+    lines = path.read_text("utf-8-sig", "replace").splitlines()
+    return [i for n, line in enumerate(lines, 1) for i in read_ids(f"{path}, line {n}", line, index, 0)]
+
+
 # --- Windows: a history and the item that came next -----------------------------------------------------------------
 
 
 class Window(NamedTuple):
     history: list[int]  # the last HISTORY items, oldest first
-    target: int
+    target: int | None  # None: it is to be recommended
     user: str
     time: float  # the target's
 
@@ -155,6 +170,12 @@ class Dataset:
     def counts(self) -> np.ndarray:
         """(items,) how often each item occurs in the training interactions: popularity, and who is cold."""
         return np.bincount([i for s in self.sequences for i in s], minlength=len(self.ids))
+
+    @cached_property
+    def future(self) -> dict[str, Window]:
+        """user -> the window that comes after all of the user's items, those held out included; its target is None."""
+        windows = sorted((*self.train, *self.valid, *self.test), key=lambda w: w.time)  # a user's last one counts
+        return {w.user: Window([*w.history, w.target][-HISTORY:], None, w.user, math.inf) for w in windows}
 
     @cached_property
     def digest(self) -> str:
@@ -240,7 +261,7 @@ def find(name: str | Path) -> Path:
 def load(name: str | Path, split: str = "time", k: int = 5) -> Dataset:
     """The data set of that name or folder, split by time or loo, its k-core; a published split stays as it is."""
     folder = find(name)
-    titles = read_items(folder)
+    titles = read_items(folder / "items.tsv")
     index, titled = {x: i for i, x in enumerate(titles)}, [bool(t) for t in titles.values()]
     windows, sequences = ([*folder.glob(f"{x}.tsv"), *folder.glob(f"{x}.tsv.gz")] for x in ("windows", "sequences"))
     if windows and (sequences or split != "time" or k != 5):
@@ -269,6 +290,15 @@ def catalogued(folder: Path, titles: dict[str, str], rows: dict[str, list], sequ
     ids, texts = list(titles), list(titles.values())
     sequences = [[new[i] for i in s] for s in sequences if s]
     return Dataset(folder, [ids[i] for i in kept], [texts[i] for i in kept], sequences=sequences, **parts)
+
+
+def renew(d: Dataset, path: Path) -> tuple[Dataset, list[int]]:
+    """d under a newer catalogue, and the candidates: the items of that file. The items of d keep their numbers; one
+    that is gone keeps its title too, for histories, but is no candidate."""
+    found = {x: title for x, title in read_items(path).items() if title}
+    titles = dict(zip(d.ids, d.titles, strict=True)) | found
+    candidates = [i for i, x in enumerate(titles) if x in found]
+    return replace(d, ids=[*titles], titles=[*titles.values()]), candidates
 
 
 # --- The catalogue as a trie of title tokens ------------------------------------------------------------------------
@@ -301,13 +331,13 @@ class Trie:
     start: Tensor  # (leaves + 1,) a leaf's path is start[leaf] .. start[leaf + 1] - 1 in the next two
     path_token: Tensor  # (tokens of all leaves,)
     path_node: Tensor  # (tokens of all leaves,)
-    leaf_of_item: Tensor  # (items,)
+    leaf_of_item: Tensor  # (items,) -1 for an item that is no candidate
 
     def __init__(self, paths: list[np.ndarray]):
-        """paths: token ids of every item's title, the end token last."""
+        """paths: token ids of every item's title, the end token last; empty for an item that is no candidate."""
         every = [p.astype(">u4").tobytes() for p in paths]  # four bytes a token, which sort as the numbers do
-        titles = sorted(set(every))  # the leaves, depth first
-        number = {title: leaf for leaf, title in enumerate(titles)}
+        titles = sorted(set(every) - {b""})  # the leaves, depth first
+        number = {b"": -1} | {title: leaf for leaf, title in enumerate(titles)}
         self.leaf_of_item = np.array([number[title] for title in every])
         size = np.array([len(title) // 4 for title in titles])
         self.start = np.append(0, np.cumsum(size))
@@ -381,9 +411,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Catalogue:
-    """The titles as token ids, the trie over them, and the prompt around a history."""
+    """The titles as token ids, the trie over those of the candidates (None: all), and the prompt around a history."""
 
-    def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config):
+    def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, candidates: list[int] | None = None):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
         self.head, self.separator, self.header = encode_all(tokenizer, PROMPT)
         self.titles = encode_all(tokenizer, titles)
@@ -401,15 +431,15 @@ class Catalogue:
         if empty := [t for t, tokens in zip(titles, self.titles, strict=True) if not len(tokens)]:
             raise InputError(f"{empty[0]!r:.60} has no tokens under the model's tokenizer; another one is needed")
         self.first = np.cumsum([0] + [len(t) for t in self.titles])  # where a title's tokens begin among those of all
-        self.trie = Trie([np.append(t, c.eos_token_id) for t in self.titles])
-        self.columns = torch.unique(
-            self.trie.token[1:]
-        )  # (C,) the tokens of titles: the part of the head that is needed
+        chosen = set(range(len(titles)) if candidates is None else candidates)
+        self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
+        self.columns = torch.unique(self.trie.token[1:])  # (C,) the titles' tokens: the part of the head that is used
         self.place = torch.zeros(c.vocab_size, dtype=torch.long)  # (V,) the column of a token
         self.place[self.columns] = torch.arange(len(self.columns))
         self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
-            self.bearers[leaf].append(i)
+            if leaf >= 0:
+                self.bearers[leaf].append(i)
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """tokens, item of the instruction and the titles, and how many tokens the first k = 0, 1, .. items take."""

@@ -2,6 +2,7 @@
 
     python eval.py --out out/beauty                                  # HR, NDCG on the test split, beside popularity
     python eval.py --out out/beauty --recommend "title a" "title b"  # what comes next for a history typed by hand
+    python eval.py --out out/beauty --histories all                  # for every user: out/beauty/recommendations.tsv
 
 Metrics are functions of where the target stands: `before` items score higher, `ties` score equally high, the target
 among them. N windows.
@@ -11,6 +12,7 @@ import argparse
 import copy
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin shortly: 5 times faster on a shared machine
@@ -40,6 +43,7 @@ KS = (1, 5, 10)  # cut-offs of HR and NDCG
 NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
 SEEN = ((0, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
+USERS = 4096  # histories of a file that are in memory at a time
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
 
@@ -74,9 +78,9 @@ def positions(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return before, ties
 
 
-def popularity(d: Dataset, windows: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+def popularity(d: Dataset, windows: list[Window], candidates=slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """before, ties (N,) under the baseline that recommends to all what occurs most often in training."""
-    own, ascending = d.counts[[w.target for w in windows]], np.sort(d.counts)
+    own, ascending = d.counts[[w.target for w in windows]], np.sort(d.counts[candidates])
     below, not_above = (np.searchsorted(ascending, own, side) for side in ("left", "right"))
     return len(ascending) - not_above, not_above - below
 
@@ -131,21 +135,26 @@ def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: lis
         hidden = set(history) if args.exclude_history else set()
         items = [[i for i in cat.bearers[leaf] if i not in hidden] if leaf >= 0 else [] for leaf in leaves]
         found = [(group, score) for group, score in zip(items, scores, strict=True) if group][: args.k]
-        out.append({"items": [g for g, _ in found], "scores": [s for _, s in found], "exact": exact, "nll": -logp})
+        out.append({"items": [g for g, _ in found], "scores": [s for _, s in found], "exact": exact})
+        if targets:
+            out[-1]["nll"] = -logp
     return out
 
 
 def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window], args) -> list[dict]:
-    """A line of predictions.jsonl for every window, in their order: the files' own user and item ids, and titles."""
+    """A line of predictions.jsonl for every window, in their order: the files' own user and item ids, and titles.
+    Either all windows have a target, or none has."""
     room = 4 * args.beam  # columns for the title tokens, so that the budget bounds the memory
     todo = data.batches([len(cat.prompt(w.history)[0]) + room for w in windows], args.tokens)
     predictions = [None] * len(windows)
-    with tqdm(total=len(windows), desc="evaluate", unit="user", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(windows), desc="evaluate", unit="user", leave=False, disable=not sys.stderr.isatty()) as bar:
         for at in todo:
             some = [windows[i] for i in at]
-            found = recommend(decoder, cat, [w.history for w in some], args, [w.target for w in some])
+            targets = [w.target for w in some if w.target is not None]
+            found = recommend(decoder, cat, [w.history for w in some], args, targets)
             for i, w, p in zip(at, some, found, strict=True):
-                own = {"user": w.user, "history": [d.ids[x] for x in w.history], "target": d.ids[w.target]}
+                own = {"user": w.user, "history": [d.ids[x] for x in w.history]}
+                own |= {"target": d.ids[w.target]} if targets else {}
                 titles = [d.titles[group[0]] for group in p["items"]]
                 items = [[d.ids[x] for x in group] for group in p["items"]]
                 predictions[i] = own | p | {"items": items, "titles": titles}
@@ -253,8 +262,9 @@ def find_base(out: Path, c: dict, given: str = "") -> Path:
     return base
 
 
-def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Catalogue, Dataset, dict]:
-    """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config."""
+def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tuple[Llama, Catalogue, Dataset, dict]:
+    """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config. Paths
+    as str or Path. catalogue: a newer items.tsv. only: a file of ids, the candidates among its items."""
     out = Path(out)
     c = read_run(out)
     for name in ("PROMPT", "HISTORY"):
@@ -264,13 +274,18 @@ def load_run(out: str | Path, data_folder="", base_folder="") -> tuple[Llama, Ca
     d, best = load_data(out, c, data_folder), newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
+    d, candidates = data.renew(d, Path(catalogue)) if catalogue else (d, range(len(d.ids)))
+    if only:
+        candidates = data.read_only(Path(only), {d.ids[i]: i for i in candidates})
+    if not candidates:
+        raise InputError(f"{only or catalogue} names no item" + ("; give ids, one a line" if only else " with a title"))
     device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
         model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
     model = frozen(model, dtype).to(device)
-    return model, Catalogue(d.titles, data.read_tokenizer(best), model.config), d, c
+    return model, Catalogue(d.titles, data.read_tokenizer(best), model.config, candidates), d, c
 
 
 def make_decoder(model: Llama, cat: Catalogue, config: dict, score: str = "trie") -> Decoder:
@@ -397,49 +412,110 @@ def make_parser() -> argparse.ArgumentParser:
     add("--auc", type=number(int, 0), default=0,
         help="also the AUC against so many random titles; as many as there are: every target's exact rank")  # fmt: skip
     add("--tokens", type=whole, default=16384, help="in a batch: less needs less memory (default: %(default)s)")
-    add("--recommend", nargs="+", metavar="TITLE", help="a history, oldest first: print what comes next")
+    add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
+    add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
+    add("--to", default="", metavar="FILE", help="what --histories writes (default: recommendations.tsv in --out)")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--recommend", nargs="+", metavar="TITLE", help="a history, titles or ids, oldest first: print what comes next")
+    add("--user", help="print what comes next for a user of the data")
+    add("--histories", metavar="FILE", help="user_id, item_ids: write what comes next; all: for the data's users")
     return p
 
 
 DEFAULTS = make_parser().parse_args([])
 
 
-def look_up(titles: list[str], d: Dataset) -> list[int]:
-    """Titles typed by hand -> items; a title that no item bears gets the nearest ones named."""
-    numbered = [*enumerate(d.titles)][::-1]
-    index = {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}  # as written, or else in lower case
-    found = []
-    for t in (" ".join(t.split()) for t in titles):
-        found.append(index.get(t, index.get(t.lower())))
-        if found[-1] is None:
-            near = [d.titles[index[n]] for n in difflib.get_close_matches(t.lower(), index, 3, 0.4)]
-            near = near or [x for x in d.titles if t.lower() in x.lower()][:3]
-            near = "near: " + ", ".join(f'"{n}"' for n in near) if near else "none is near"
-            raise InputError(f'no item is called "{t}"; {near}')
-    return found[-data.HISTORY :]
+class Recommender:
+    """What comes next after a history, under a run of train.py."""
+
+    def __init__(self, out: str | Path, **flags):
+        """out: the run's folder. flags: those of the command line, as only="ids.txt" or exclude_history=True."""
+        if unknown := flags.keys() - vars(DEFAULTS).keys():
+            raise InputError(f"Recommender has no flag {', '.join(unknown)}; it has those of eval.py")
+        a = self.args = argparse.Namespace(**vars(DEFAULTS) | flags)
+        self.model, self.cat, self.d, self.config = load_run(out, a.data, a.base, a.catalogue, a.only)
+        self.decoder = make_decoder(self.model, self.cat, self.config, a.score)
+        self.index = {x: i for i, x in enumerate(self.d.ids)}  # an id, but rather a title in lower case, or as written
+        numbered = [*enumerate(self.d.titles)][::-1]  # of equal titles the first counts
+        self.index |= {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}
+
+    def top_k(self, histories: list[list[str]], k: int = 10) -> list[dict]:
+        """histories: titles or item ids, oldest first -> for each the k best titles, as in predictions.jsonl: "titles",
+        "scores" (log-probabilities), and "items", for every title the ids that bear it."""
+        args = argparse.Namespace(**vars(self.args) | {"k": k})
+        return predict(self.decoder, self.cat, self.d, [self.window(h) for h in histories], args)
+
+    def window(self, history: list[str]) -> Window:
+        """Of titles or ids. What is neither gets the nearest titles named."""
+        if isinstance(history, str) or not history:
+            raise InputError("a history is a list of titles or item ids, one at least")
+        names = [" ".join(str(name).split()) for name in history]
+        items = [self.index.get(x, self.index.get(x.lower())) for x in names]
+        if None in items:
+            unknown, titles = names[items.index(None)], {t.lower(): t for t in self.d.titles}
+            near = [titles[t] for t in difflib.get_close_matches(unknown.lower(), titles, 3, 0.4)]
+            near = near or [t for t in self.d.titles if unknown.lower() in t.lower()][:3]
+            near = "near: " + ", ".join(f'"{t}"' for t in near) if near else "none is near"
+            raise InputError(f'no item is called "{unknown}"; {near}')
+        return Window(items[-data.HISTORY :], None, "", math.inf)
 
 
-def print_recommendations(decoder: Decoder, cat: Catalogue, d: Dataset, args):
-    history = look_up(args.recommend, d)
-    (found,) = recommend(decoder, cat, [history], args)
-    print(f"after {' | '.join(d.titles[i] for i in history)}\n{'score':>9}  item    title")
-    for group, score in zip(found["items"], found["scores"], strict=True):
-        print(f"{score:9.3f}  {','.join(d.ids[i] for i in group):<7} {d.titles[group[0]]}")
+def print_recommendations(r: Recommender, args):
+    if args.user is not None and args.user not in r.d.future:
+        raise InputError(f"--user {args.user}: {r.d.folder.name} has no such user_id, or --core dropped it")
+    window = r.window(args.recommend) if args.recommend else r.d.future[args.user]
+    (p,) = predict(r.decoder, r.cat, r.d, [window], args)
+    print(f"after {' | '.join(r.d.titles[i] for i in window.history)}\n{'score':>9}  item    title")
+    for ids, score, title in zip(p["items"], p["scores"], p["titles"], strict=True):
+        print(f"{score:9.3f}  {','.join(ids):<7} {title}")
+
+
+def write_recommendations(r: Recommender, args, world: World):
+    """A line for every recommended item; those of one title share a rank. The file appears when it is complete, and
+    what is wrong in the histories shows before the work. Each process does its share."""
+    path = Path(args.to or args.out)
+    path = path / "recommendations.tsv" if path.is_dir() else path
+
+    def histories() -> Iterator[Window]:
+        own = args.histories == "all"
+        return iter(r.d.future.values()) if own else data.read_histories(Path(args.histories), r.d.ids)
+
+    windows, users = histories(), sum(1 for _ in histories())
+    part = path.with_name(f"{path.name}.part{world.rank}")
+    r.decoder.remember(r.cat.titles)
+    try:
+        with open(part, "w", encoding="utf-8") as file, tqdm(total=users, unit="user", disable=None) as bar:
+            file.write("user_id\trank\titem_id\ttitle\tscore\n")
+            while some := list(itertools.islice(windows, USERS)):
+                for p in world.gather(predict(r.decoder, r.cat, r.d, some[world.rank :: world.size], args)):
+                    for n, ids in enumerate(p["items"]):
+                        own = f"{p['titles'][n]}\t{p['scores'][n]:.4f}\n"
+                        file.writelines(f"{p['user']}\t{n + 1}\t{i}\t{own}" for i in ids)
+                bar.update(len(some))
+        if world.rank == 0:
+            os.replace(part, path)
+            print(f"recommendations for {users:,} users, written to {path}")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: World, base_source: str = ""):
     """The table on the screen, out/results-SPLIT.json and out/predictions-SPLIT.jsonl; each process does its share."""
     decoder.remember(cat.titles)
-    windows, start = getattr(d, args.split)[: args.limit or None], time.time()
+    candidate, every, start = (cat.trie.leaf_of_item >= 0).numpy(), getattr(d, args.split), time.time()
+    windows = [w for w in every if candidate[w.target]]
+    dropped, windows = len(every) - len(windows), windows[: args.limit or None]
+    if not windows:
+        raise InputError(f"no target of the {args.split} windows is a candidate under --catalogue or --only")
     mine = windows[world.rank :: world.size]
     predictions = world.gather(predict(decoder, cat, d, mine, args))
     speed = len(windows) / (time.time() - start)
     ranked = world.gather(against(decoder, cat, mine, args.auc, args.tokens).tolist()) if args.auc else []
     if world.rank:
         return
-    result = report(d, windows, *positions(predictions))
+    result = report(d, windows, *positions(predictions)) | {"dropped": dropped}
     result |= {name: float(np.mean([p[name] for p in predictions])) for name in ("nll", "exact")} | {"users/s": speed}
-    rows = {"popularity": metrics(*popularity(d, windows)), "model": result}
+    rows = {"popularity": metrics(*popularity(d, windows, candidate)), "model": result}
     if ranked:
         won, before, ties = np.array(ranked).T
         result["auc"] = float(won.mean())
@@ -447,20 +523,22 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
             rows["model, full ranking"] = result["full ranking"] = metrics(before, ties)
             ranks = [{"before": int(b), "ties": int(t)} for b, t in zip(before, ties, strict=True)]
             predictions = [p | rank for p, rank in zip(predictions, ranks, strict=True)]
-    name = f"{args.split}{tag(args)}"
+    name = f"{args.split}{tag(args, (d.ids, d.titles, candidate.tolist()))}"
     write_json(out / f"predictions-{name}.jsonl", predictions)
     saved = {"model": result, "popularity": rows["popularity"], "flags": vars(args), "base": base_source}
     write_json(out / f"results-{name}.json", saved)
-    print(f"{args.split} split, {len(windows):,} windows, ranked among all {len(d.ids):,} items"
-          + (", items of the history excluded (not for popularity)" if args.exclude_history else ""))  # fmt: skip
+    print(f"{args.split} split, {len(windows):,} windows, ranked among all {sum(map(len, cat.bearers)):,} items"
+          + (", items of the history excluded (not for popularity)" if args.exclude_history else "")
+          + (f"; {dropped:,} windows dropped, as their target is no candidate" if dropped else ""))  # fmt: skip
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
     explain(result, args, out / f"results-{name}.json", base_source)
 
 
-def tag(args) -> str:
+def tag(args, catalogue=None) -> str:
     """What differs from the defaults, as a part of a file name: other settings never overwrite a full result."""
     names = [x for x in ("limit", "k", "beam", "score", "exclude_history", "auc") if vars(args)[x] != vars(DEFAULTS)[x]]
-    return "".join(f"-{name}{vars(args)[name]}" for name in names)
+    among = hashlib.sha256(repr(catalogue).encode()).hexdigest()[:8] if args.catalogue or args.only else ""
+    return "".join(f"-{name}{vars(args)[name]}" for name in names) + (among and f"-among{among}")
 
 
 def explain(result: dict, args, path: Path, base_source: str):
@@ -475,18 +553,21 @@ def explain(result: dict, args, path: Path, base_source: str):
 
 def main(argv: list[str]):
     args = parse_flags(make_parser(), argv)
-    if args.k < KS[-1] and not args.recommend:
+    asked = args.recommend or args.user is not None or args.histories
+    if args.k < KS[-1] and not asked:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     if args.auc and args.exclude_history:
         raise InputError("--auc ranks all items, so it goes without --exclude_history")
-    world, out = World(), Path(args.out)
-    model, cat, d, config = load_run(out, args.data, args.base)
-    decoder = make_decoder(model, cat, config, args.score)
-    if args.recommend:
-        return print_recommendations(decoder, cat, d, args)
+    if args.to and not args.histories:
+        raise InputError("--to says where --histories writes; it goes with no other flag")
+    world, r = World(), Recommender(**vars(args))
+    if args.histories:
+        return write_recommendations(r, args, world)
+    if asked:
+        return print_recommendations(r, args)
     if world.rank == 0:
-        print(d.summary())
-    test(decoder, cat, d, args, out, world, config["base_source"])
+        print(r.d.summary())
+    test(r.decoder, r.cat, r.d, args, Path(args.out), world, r.config["base_source"])
 
 
 if __name__ == "__main__":

@@ -373,11 +373,6 @@ def test_processes_that_cannot_be(rank, size, monkeypatch):
         ev.World()
 
 
-def test_titles_typed_by_hand():
-    d = SimpleNamespace(titles=["Red pen", "RED PEN", "Ink"])
-    assert ev.look_up(["RED PEN", " red  pen", "ink"], d) == [1, 0, 2]
-
-
 def test_a_moved_run_can_be_evaluated_from_inside(moved, monkeypatch):
     monkeypatch.chdir(moved / "tiny")
     ev.load_run(".")
