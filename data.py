@@ -29,7 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from hatllm import InputError
+from hatllm import TARGET, InputError
 from model import Config, read_json
 
 PRESETS = ("ml-100k", "beauty", "office", "books")
@@ -38,6 +38,7 @@ csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
 STRIDE = 5  # --targets all: a history longer than HISTORY is cut into chunks that start every STRIDE items
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
+TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
 TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
 
 
@@ -68,14 +69,20 @@ def read_table(path: Path, columns: str) -> Iterator[tuple[str, dict[str, str]]]
         raise InputError(f"{path}: cannot be read ({e}); is the file complete, and UTF-8?") from None
 
 
-def read_items(path: Path) -> dict[str, str]:
-    """item_id -> title ('' where an item has none), in the order of the file."""
-    titles = {}
-    for where, row in read_table(path, "item_id title"):
-        if row["item_id"] in titles:
+class Item(NamedTuple):
+    title: str  # what is written; '' where an item has none
+    text: str  # what a history shows of it
+
+
+def read_items(path: Path, columns: str = "title") -> dict[str, Item]:
+    """item_id -> Item, in the order of the file. columns: those that a history shows, separated by commas."""
+    items, shown = {}, columns.split(",")
+    for where, row in read_table(path, " ".join(["item_id title", *shown])):
+        if row["item_id"] in items:
             raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
-        titles[row["item_id"]] = " ".join(row["title"].split())
-    return titles
+        row = {name: " ".join(text.split()) for name, text in row.items()}
+        items[row["item_id"]] = Item(row["title"], ", ".join(row[name] for name in shown if row[name]) or row["title"])
+    return items
 
 
 def read_times(where: str, text: str, n: int) -> list[float]:
@@ -161,6 +168,7 @@ class Dataset:
     folder: Path
     ids: list[str]
     titles: list[str]
+    texts: list[str]  # what a history shows of an item
     train: list[Window]
     valid: list[Window]
     test: list[Window]
@@ -180,7 +188,7 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """A fingerprint of the catalogue, the split and what is learnt from."""
-        parts = self.ids, self.titles, self.train, self.valid, self.test, self.sequences
+        parts = self.ids, self.titles, self.texts, self.train, self.valid, self.test, self.sequences
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
@@ -258,11 +266,12 @@ def find(name: str | Path) -> Path:
     raise InputError(f"--data {name}: no items.tsv[.gz] in {', '.join(map(str, places))}; try {' or '.join(near)}")
 
 
-def load(name: str | Path, split: str = "time", k: int = 5) -> Dataset:
-    """The data set of that name or folder, split by time or loo, its k-core; a published split stays as it is."""
+def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "title") -> Dataset:
+    """The data set of that name or folder, split by time or loo, its k-core; a published split stays as it is. columns:
+    see read_items."""
     folder = find(name)
-    titles = read_items(folder / "items.tsv")
-    index, titled = {x: i for i, x in enumerate(titles)}, [bool(t) for t in titles.values()]
+    items = read_items(folder / "items.tsv", columns)
+    index, titled = {x: i for i, x in enumerate(items)}, [bool(x.title) for x in items.values()]
     windows, sequences = ([*folder.glob(f"{x}.tsv"), *folder.glob(f"{x}.tsv.gz")] for x in ("windows", "sequences"))
     if windows and (sequences or split != "time" or k != 5):
         raise InputError(
@@ -270,12 +279,12 @@ def load(name: str | Path, split: str = "time", k: int = 5) -> Dataset:
         )
     if windows:
         rows = read_windows(folder, index, titled)
-        return catalogued(folder, titles, rows, chain(rows["train"]))
+        return catalogued(folder, items, rows, chain(rows["train"]))
     users = {u: [(i, t) for i, t in s if titled[i]] for u, s in read_sequences(folder, index).items()}
-    return catalogued(folder, titles, *(split_loo if split == "loo" else split_time)(core(users, k)))
+    return catalogued(folder, items, *(split_loo if split == "loo" else split_time)(core(users, k)))
 
 
-def catalogued(folder: Path, titles: dict[str, str], rows: dict[str, list], sequences: list[list[int]]) -> Dataset:
+def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequences: list[list[int]]) -> Dataset:
     """Renumbers the items that occur, in the order of items.tsv: they are the catalogue."""
     if not all(rows.values()):
         sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
@@ -287,18 +296,18 @@ def catalogued(folder: Path, titles: dict[str, str], rows: dict[str, list], sequ
         name: [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
         for name, part in rows.items()
     }
-    ids, texts = list(titles), list(titles.values())
-    sequences = [[new[i] for i in s] for s in sequences if s]
-    return Dataset(folder, [ids[i] for i in kept], [texts[i] for i in kept], sequences=sequences, **parts)
+    ids, (titles, texts) = [*items], zip(*items.values(), strict=True)
+    columns = ([column[i] for i in kept] for column in (ids, titles, texts))
+    return Dataset(folder, *columns, sequences=[[new[i] for i in s] for s in sequences if s], **parts)
 
 
-def renew(d: Dataset, path: Path) -> tuple[Dataset, list[int]]:
+def renew(d: Dataset, path: Path, columns: str) -> tuple[Dataset, list[int]]:
     """d under a newer catalogue, and the candidates: the items of that file. The items of d keep their numbers; one
     that is gone keeps its title too, for histories, but is no candidate."""
-    found = {x: title for x, title in read_items(path).items() if title}
-    titles = dict(zip(d.ids, d.titles, strict=True)) | found
-    candidates = [i for i, x in enumerate(titles) if x in found]
-    return replace(d, ids=[*titles], titles=[*titles.values()]), candidates
+    found = {x: item for x, item in read_items(path, columns).items() if item.title}
+    items = dict(zip(d.ids, map(Item, d.titles, d.texts), strict=True)) | found
+    titles, texts = map(list, zip(*items.values(), strict=True))
+    return replace(d, ids=[*items], titles=titles, texts=texts), [i for i, x in enumerate(items) if x in found]
 
 
 # --- The catalogue as a trie of title tokens ------------------------------------------------------------------------
@@ -411,16 +420,20 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Catalogue:
-    """The titles as token ids, the trie over those of the candidates (None: all), and the prompt around a history."""
+    """The titles as token ids; the trie over those of the candidates (None: all); the prompt around a history, which
+    shows the texts of its items (None: their titles)."""
 
-    def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, candidates: list[int] | None = None):
+    def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, texts=None, candidates=None):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
         self.head, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        texts = titles if texts is None else texts
         self.titles = encode_all(tokenizer, titles)
+        shown = self.titles if texts == titles else encode_all(tokenizer, texts)
+        self.texts = [t[: TEXT_TOKENS or None] for t in shown]
         probe = tokenizer.encode("a")
         self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
-        encoded = self.bos, self.head, self.separator, self.header, *self.titles
-        for text, tokens in zip(("what the tokenizer puts first", *PROMPT, *titles), encoded, strict=True):
+        encoded = self.bos, self.head, self.separator, self.header, *self.titles, *self.texts
+        for text, tokens in zip(("what the tokenizer puts first", *PROMPT, *titles, *texts), encoded, strict=True):
             if len(tokens) and tokens.max() >= c.vocab_size:
                 raise InputError(f'{text!r:.60} has token {tokens.max()}, but the model has {c.vocab_size} tokens; '
                                  "does the tokenizer belong to the model?")  # fmt: skip
@@ -428,9 +441,9 @@ class Catalogue:
                 raise InputError(
                     f"{text!r:.60} holds the end token {c.eos_token_id}; give it another title or tokenizer"
                 )
-        if empty := [t for t, tokens in zip(titles, self.titles, strict=True) if not len(tokens)]:
-            raise InputError(f"{empty[0]!r:.60} has no tokens under the model's tokenizer; another one is needed")
-        self.first = np.cumsum([0] + [len(t) for t in self.titles])  # where a title's tokens begin among those of all
+            if not len(tokens) and text in (*titles, *texts):
+                raise InputError(f"{text!r:.60} has no tokens under the model's tokenizer; another one is needed")
+        self.first = np.cumsum([0] + [len(t) for t in self.texts])  # where a text's tokens begin among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
         self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
         self.columns = torch.unique(self.trie.token[1:])  # (C,) the titles' tokens: the part of the head that is used
@@ -442,14 +455,14 @@ class Catalogue:
                 self.bearers[leaf].append(i)
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """tokens, item of the instruction and the titles, and how many tokens the first k = 0, 1, .. items take."""
+        """tokens, item of the instruction and the texts, and how many tokens the first k = 0, 1, .. items take."""
         tokens, item = [self.bos, self.head], [np.zeros(len(self.bos) + len(self.head), int)]
         ends = [len(item[0])]
         for k, i in enumerate(history, 1):
             gap = self.separator if k > 1 else self.separator[:0]
-            tokens += [gap, self.titles[i]]
-            item += [np.zeros(len(gap), int), np.full(len(self.titles[i]), k)]
-            ends.append(ends[-1] + len(gap) + len(self.titles[i]))
+            tokens += [gap, self.texts[i]]
+            item += [np.zeros(len(gap), int), np.full(len(self.texts[i]), k)]
+            ends.append(ends[-1] + len(gap) + len(self.texts[i]))
         return np.concatenate(tokens), np.concatenate(item), ends
 
     def prompt(self, history) -> tuple[np.ndarray, np.ndarray]:
@@ -522,7 +535,7 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
             fed = title[: rows[-1] if len(rows) else 0]
         losses.append((length + len(cat.header) - 1 + rows, title[rows], node[rows]))
         new = np.append(cat.header, fed)
-        item = np.append(0 * cat.header, np.full(len(fed), k + 1))
+        item = np.append(0 * cat.header, np.full(len(fed), TARGET))
         texts.append((new, item, np.full(len(new), 0 if single else b), np.full(len(new), ends[k])))
         length += len(new)
     columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
@@ -582,12 +595,12 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, item, source (B, T) of prompts that end with the response header, right-padded. source: where a title's
-    token stands among the tokens of all titles, one title after the other; -1 elsewhere."""
+    """tokens, item, source (B, T) of prompts that end with the response header, right-padded. source: where an item's
+    token stands among the tokens of all texts, one after the other; -1 elsewhere."""
     tokens, item = zip(*(cat.prompt(h) for h in histories), strict=True)
     source = [np.full(len(t), -1) for t in tokens]
     for own, its_item, history in zip(source, item, histories, strict=True):
-        own[its_item > 0] = np.concatenate([cat.first[i] + np.arange(len(cat.titles[i])) for i in history])
+        own[its_item > 0] = np.concatenate([cat.first[i] + np.arange(len(cat.texts[i])) for i in history])
     return pad(tokens, 0), pad(item, -1), pad(source, -1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Trie, pad
-from hatllm import InputError, Layout, layout
+from hatllm import TARGET, InputError, Layout, layout
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
@@ -73,14 +73,13 @@ class SearchState:
     user: Tensor  # (B,) which prompt of the batch a row is, ascending
     item: Tensor  # (B, T) of the prompt, as in hatllm.Layout
     length: Tensor  # (B,) tokens of the prompt
-    title: Tensor  # (B,) the number of the title to come, as an item
     nodes: Tensor  # (B, n) trie node of every token read since, -1 where a row has none
     cache: Cache
 
     def keep(self, user: Tensor):
         """Lets go of all rows but these users': a step costs each row as much as the busiest one."""
         at = torch.searchsorted(self.user, user)
-        for name in ("user", "item", "length", "title", "nodes"):
+        for name in ("user", "item", "length", "nodes"):
             setattr(self, name, getattr(self, name)[at])
         self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
 
@@ -121,7 +120,7 @@ class Decoder:
         source (B, T): where a title's token stands among the tokens of all titles; -1 for context."""
         at, length = torch.arange(len(item), device=item.device), (item >= 0).sum(1)
         cache = Cache(self.model.config, *item.shape, self.model.head)
-        state = SearchState(at, item, length, item.amax(1) + 1, item.new_empty(len(item), 0), cache)
+        state = SearchState(at, item, length, item.new_empty(len(item), 0), cache)
         rows = at * item.shape[1] + length - 1
         if self.states is None or source is None:
             return state, self.model(tokens, layout(item), cache, rows)
@@ -151,7 +150,7 @@ class Decoder:
         above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)  # (B, Q, n) is k an ancestor of q, or q itself?
         above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
         sees = torch.cat(((state.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
-        item = torch.cat((state.item, torch.where(state.nodes >= 0, state.title[:, None], -1)), 1)  # (B, T + n)
+        item = torch.cat((state.item, torch.where(state.nodes >= 0, TARGET, -1)), 1)  # (B, T + n)
         pos = state.length[:, None] + trie.depth[nodes] - 1
         return self.model(trie.token[nodes], Layout(item, pos, sees), state.cache, rows)
 

@@ -230,7 +230,7 @@ def read_run(out: Path) -> dict:
         raise InputError(f"--out {out}: no run of train.py is there")
     if "digest" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: no run of train.py; a model's folder is given to train.py as --model")
-    kinds = dict.fromkeys("split data_folder digest dtype plan loss base base_source base_digest".split(), str)
+    kinds = dict.fromkeys("split columns data_folder digest dtype plan loss base base_source base_digest".split(), str)
     c = read_json(out / "config.json", kinds | {"core": int, "constants": dict})
     check_type(out / "config.json", "constants.TAU", c["constants"].get("TAU"), float, 1e-12)
     return c
@@ -248,7 +248,7 @@ def locate(out: Path, flag: str, given: str, stored: str, proof: str) -> Path:
 
 def load_data(out: Path, c: dict, given: str = "") -> Dataset:
     """The data of the run in out, whose config is c."""
-    d = data.load(locate(out, "data", given, c["data_folder"], "items.tsv"), c["split"], c["core"])
+    d = data.load(locate(out, "data", given, c["data_folder"], "items.tsv"), c["split"], c["core"], c["columns"])
     if d.digest != c["digest"]:
         raise InputError(f"{d.folder} is not the data that {out} was trained on: its files differ")
     return d
@@ -267,14 +267,14 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
     as str or Path. catalogue: a newer items.tsv. only: a file of ids, the candidates among its items."""
     out = Path(out)
     c = read_run(out)
-    for name in ("PROMPT", "HISTORY"):
+    for name in ("PROMPT", "HISTORY", "TEXT_TOKENS"):
         value = c["constants"].get(name)
         if value != json.loads(json.dumps(getattr(data, name))):
             raise InputError(f"{out} was trained with {name} = {value!r}; put that back into data.py to evaluate it")
     d, best = load_data(out, c, data_folder), newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
-    d, candidates = data.renew(d, Path(catalogue)) if catalogue else (d, range(len(d.ids)))
+    d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
     if only:
         candidates = data.read_only(Path(only), {d.ids[i]: i for i in candidates})
     if not candidates:
@@ -285,7 +285,7 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
     else:
         model = load(best, c["plan"], dtype)
     model = frozen(model, dtype).to(device)
-    return model, Catalogue(d.titles, data.read_tokenizer(best), model.config, candidates), d, c
+    return model, Catalogue(d.titles, data.read_tokenizer(best), model.config, d.texts, candidates), d, c
 
 
 def make_decoder(model: Llama, cat: Catalogue, config: dict, score: str = "trie") -> Decoder:
@@ -482,7 +482,7 @@ def write_recommendations(r: Recommender, args, world: World):
 
     windows, users = histories(), sum(1 for _ in histories())
     part = path.with_name(f"{path.name}.part{world.rank}")
-    r.decoder.remember(r.cat.titles)
+    r.decoder.remember(r.cat.texts)
     try:
         with open(part, "w", encoding="utf-8") as file, tqdm(total=users, unit="user", disable=None) as bar:
             file.write("user_id\trank\titem_id\ttitle\tscore\n")
@@ -501,7 +501,7 @@ def write_recommendations(r: Recommender, args, world: World):
 
 def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: World, base_source: str = ""):
     """The table on the screen, out/results-SPLIT.json and out/predictions-SPLIT.jsonl; each process does its share."""
-    decoder.remember(cat.titles)
+    decoder.remember(cat.texts)
     candidate, every, start = (cat.trie.leaf_of_item >= 0).numpy(), getattr(d, args.split), time.time()
     windows = [w for w in every if candidate[w.target]]
     dropped, windows = len(every) - len(windows), windows[: args.limit or None]

@@ -1,7 +1,7 @@
 """HatLLM in one file: which token may look at which, layer by layer (arXiv 2510.10955, sec. 3; no public code exists).
 
 A prompt is context (instruction, separators, response header), the titles the user bought, and the title to come.
-Every token carries `item`: 0 context, k = 1..n the k-th bought item, n + 1 the target title, -1 padding.
+Every token carries `item`: 0 context, k = 1.. the k-th bought item, TARGET the title to come, -1 padding.
 Each layer is of one kind, and a *plan* names the kinds from the first layer to the last:
 
     IN         intra-item, shallow layers: an item's token does not look at the tokens of other items
@@ -9,6 +9,8 @@ Each layer is of one kind, and a *plan* names the kinds from the first layer to 
     CR         cross-item, deep layers: an item's token does not look at the other tokens of its own item
     IN-closed  IN in which items and context do not look at each other either: the state of an item's tokens is then
                a function of its title alone, and can be computed once for all users (eval.py does)
+    CR-own     CR in which the title to come sees itself: it is written, and a writer needs the word before
+    CR-last    CR-own in which of other items only the last token is seen, which has read their whole title
 
 All-OR is the plain LLM. `python hatllm.py` draws the masks of a small example.
 """
@@ -17,6 +19,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,7 +27,8 @@ class InputError(ValueError):
     """What the user gave cannot be used: one sentence that says what, where and what to do. main() prints only that."""
 
 
-KINDS = ("IN", "OR", "CR", "IN-closed")
+KINDS = ("IN", "OR", "CR", "IN-closed", "CR-own", "CR-last")
+TARGET = 1 << 20  # the `item` of the title to come
 PLAN = "IN:1/4 OR CR:1/4"  # the default: 8 + 14 + 8 of 30 layers, 2 + 2 + 2 of 6
 
 
@@ -67,7 +71,7 @@ class Layout:
     """What the tokens are. The queries are the last Tq of the T tokens: all of them in training and prefill, the new
     ones when decoding with a cache. A mask is built once per forward and kind and shared by the layers of that kind."""
 
-    item: Tensor  # (B, T) 0 context, 1.. items, -1 padding
+    item: Tensor  # (B, T) 0 context, 1.. bought items, TARGET, -1 padding
     pos: Tensor  # (B, Tq) position of the queries, for RoPE
     sees: Tensor  # (B, Tq, T) bool: the key comes before the query in one and the same text, or is the query itself
     masks: dict = field(default_factory=dict)
@@ -102,9 +106,14 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
         return sees & (~both_items | same)
     if kind == "IN-closed":
         return sees & same
-    at = torch.arange(item.shape[1], device=item.device)  # CR
-    itself = at[-sees.shape[1] :, None] == at
-    return sees & (~(both_items & same) | itself)
+    at = torch.arange(item.shape[1], device=item.device)
+    hidden = both_items & same & (at[-sees.shape[1] :, None] != at)  # CR
+    if kind in ("CR-own", "CR-last"):
+        hidden = hidden & (q != TARGET)
+    if kind == "CR-last":
+        last = F.pad(item[:, 1:] != item[:, :-1], (0, 1), value=True)[:, None, :]
+        hidden = hidden | (both_items & ~same & ~last)
+    return sees & ~hidden
 
 
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None) -> Layout:
@@ -130,7 +139,7 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
 
 
 def draw(kinds=KINDS, words=("Bought:", "red", "pen", ",", "ink", "well", ".", "Next:", "paper", "clip"),
-         item=(0, 1, 1, 0, 2, 2, 0, 0, 3, 3)) -> str:  # fmt: skip
+         item=(0, 1, 1, 0, 2, 2, 0, 0, TARGET, TARGET)) -> str:  # fmt: skip
     """The masks side by side, queries down and keys across: # own item, + other item, o context, . hidden."""
     lay = layout(torch.tensor([item]))
     wide = max(map(len, words)) + 1

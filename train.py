@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import eval
-from data import Batch, Catalogue, Tokenizer
+from data import Batch, Catalogue, Dataset, Tokenizer
 from eval import World, newest, number
 from hatllm import PLAN, InputError, layout
 from model import Config, Llama, adapters, add_lora, load, read_json, read_safetensors, save, save_lora, write_json
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default="ml-100k", help="ml-100k, beauty, office, books, or a folder (default: %(default)s)")
     add("--split", default="time", choices=("time", "loo"), help="8:1:1 by the target's time, or leave one out")
     add("--core", type=count, default=5, help="keep users and items with so many interactions (default: %(default)s)")
+    add("--columns", default="title", help="of items.tsv, that a history shows: title,brand; the target is the title")
     add("--targets", default="auto", choices=("auto", "last", "all"),
         help="last: one a window, as published; all: every training item; auto: all for tiny")  # fmt: skip
     add("--limit", type=count, default=0, help="train on so many examples only, the same for every seed; 0: all")
@@ -101,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
 def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
     if not args.out:
-        named = ("split", "core", "targets", "limit", "plan", "dropout", "lora", "loss", "seed")
+        named = ("split", "core", "columns", "targets", "limit", "plan", "dropout", "lora", "loss", "seed")
         usual = make_parser().parse_args([])
         other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
         more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
@@ -145,14 +146,14 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.world = args, Path(args.out).resolve(), World()
         self.device, self.dtype = eval.device_and_dtype(args.dtype, args.model == "tiny")
-        self.d = self.world.lead_first(lambda: data.load(args.data, args.split, args.core))
-        made = self.world.lead_first(lambda: build(args, self.d.titles, self.device, self.dtype))
+        self.d = self.world.lead_first(lambda: data.load(args.data, args.split, args.core, args.columns))
+        made = self.world.lead_first(lambda: build(args, self.d, self.device, self.dtype))
         self.model, self.tokenizer, self.base = made
         self.model.dtype, self.model.checkpointing = self.dtype, CHECKPOINTING
         for block in self.model.layers if args.compile else ():
             block.compiled = torch.compile(block.compute, dynamic=True)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
-        self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config)
+        self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.columns, self.coded = self.cat.columns.to(self.device), {}
         self.pool = data.examples(self.d, args.targets)
         if args.limit:
@@ -171,11 +172,11 @@ class Run:
         self.config = make_config(self)
 
 
-def build(args, titles: list[str], device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:
+def build(args, d: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:
     """The model to be trained, on device; its tokenizer; the folder of its base, '' from scratch."""
     torch.manual_seed(args.seed)
     if args.model == "tiny":
-        tokenizer = data.train_tokenizer(titles)
+        tokenizer = data.train_tokenizer([*dict.fromkeys([*d.titles, *d.texts])])
         c = Config(**TINY, vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
         return Llama(c, args.plan, args.dropout).init_weights().to(device), tokenizer, ""
     folder = find_model(args.model)

@@ -37,7 +37,7 @@ from eval import (
     positions,
     run,
 )
-from hatllm import PLAN, InputError, layout
+from hatllm import PLAN, TARGET, InputError, layout
 from model import Llama, load, read_json, rope, write_json
 
 PLANS = (  # the most valuable first: what is finished when time runs out should answer something
@@ -254,7 +254,7 @@ def shares(model: Llama, cat: data.Catalogue, coded: list[dict], budget: int = 4
         within, first = (own > 0) & (own == other), torch.zeros_like(lay.sees)
         first[:, :, 0] = True
         parts = torch.stack((within, (other > 0) & ~within, (other == 0) & ~first, first)).double()  # (PARTS, B, T, T)
-        title = b.item == b.item.amax(1, keepdim=True)
+        title = b.item == TARGET
         groups = torch.stack((title.roll(-1, 1) & ~title, title, (b.item > 0) & ~title)).double()  # (GROUPS, B, T)
         n += groups.sum((1, 2)).cpu()[:, None]
         x = model.embed_tokens(b.tokens)

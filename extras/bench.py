@@ -175,7 +175,7 @@ def bench_cache(args) -> dict:
     """Prefill under IN-closed:1/4 OR CR:1/4, all layers for every user against the closed ones once a title."""
     r, prompts, head = set_up(args, "IN-closed:1/4 OR CR:1/4")
     ours = Decoder(r.model, r.cat.trie)
-    ours.remember(r.cat.titles)
+    ours.remember(r.cat.texts)
     sides = {"all layers": lambda r: ours.prefill(*prompts[:2])[1], "item cache": lambda r: ours.prefill(*prompts)[1]}
     with torch.inference_mode():
         (plain, first), (cached, row) = in_turns(sides, args.rounds, "users", len(prompts[0])).values()

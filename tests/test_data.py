@@ -15,6 +15,7 @@ from tokenizers import processors
 
 import data
 from data import HISTORY, STRIDE, Catalogue, Example, Trie, Window
+from hatllm import TARGET
 
 ITEMS = "item_id\ttitle\n1\tA pen\n2\tInk\n3\tPaper\n4\tGlue\n"
 SEQUENCES = "user_id\titem_ids\ttimes\nu\t1 2 3\t1 2 3\nv\t4 3 2 1\t1 1 2 5\n"
@@ -351,6 +352,42 @@ def test_titles_are_text_in_the_template():
         assert (np.diff(item[item > 0]) >= 0).all() and item.max() == n and not item[-len(cat.header) :].any()
 
 
+def test_a_history_shows_texts_and_the_target_is_a_title(monkeypatch):
+    """Catches spans of the titles' lengths, a target that is cut or carries the other columns, a cut separator."""
+    monkeypatch.setattr(data, "TEXT_TOKENS", 7)
+    tokenizer, texts = tokenizer_of_odd(), [f"{t}, Acme" for t in ODD]
+    cat = Catalogue(ODD, tokenizer, tiny_config(vocab_size=tokenizer.get_vocab_size()), texts)
+    history, whole = [3, 1, 4, 1], [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
+    tokens, item = cat.prompt(history)
+    _, _, source = data.collate_prompts(cat, [history])
+    every = [t for text in whole for t in text[:7]]  # what the item cache is computed from
+    assert (
+        [every[s] for s in source[0, item > 0]] == tokens[item > 0].tolist() == sum((whole[i][:7] for i in history), [])
+    )
+    assert max(map(len, whole)) > 7 and [t.tolist() for t in cat.titles] == [t.tolist() for t in odd().titles]
+    for name in ("token", "leaf_of_item"):
+        assert torch.equal(getattr(cat.trie, name), getattr(odd().trie, name))
+
+
+def test_columns_of_the_history(tmp_path):
+    """Empty columns leave no comma; an item without any shows its title; the digest tells such runs apart."""
+    write(tmp_path)
+    rows = ["item_id\tbrand\ttitle\tprice", "a\tAcme\tred\t3", "b\t\tblue\t", "c\tBig  Co\tglue\t1", "d\t\tink\t2"]
+    (tmp_path / "items.tsv").write_text("\n".join(rows))
+    (tmp_path / "sequences.tsv").write_text("user_id\titem_ids\ttimes\n" + "u\ta b c d a b c d\t1 2 3 4 5 6 7 8\n")
+    d = data.load(tmp_path, "loo", k=0, columns="title,brand,price")
+    assert d.texts == ["red, Acme, 3", "blue", "glue, Big Co, 1", "ink, 2"] and d.titles == [
+        "red",
+        "blue",
+        "glue",
+        "ink",
+    ]
+    assert data.load(tmp_path, "loo", k=0, columns="brand").texts == ["Acme", "blue", "Big Co", "ink"]
+    assert data.load(tmp_path, "loo", k=0).texts == d.titles and data.load(tmp_path, "loo", k=0).digest != d.digest
+    with refuses("items.tsv", "line 1", "colour"):
+        data.load(tmp_path, "loo", k=0, columns="title,colour")
+
+
 @pytest.mark.parametrize("template, first", [("<s> $A </s>", 1), ("$A </s>", 0), ("<s> <s> $A", 2)])
 def test_what_a_tokenizer_puts_first_stays_first(template, first):
     """Llama 3 puts a begin token before a text; without it the model is out of its training. An end after it is not
@@ -407,7 +444,7 @@ def test_training_reads_the_prompt_of_evaluation(trie_only):
         steps = [n for n in range(len(title)) if len({t[n] for t in others if t[:n] == title[:n]}) > 1 or not trie_only]
         fed = title[: steps[-1]]
         assert c["tokens"].tolist() == [*tokens, *fed]
-        assert c["item"].tolist() == [*item, *[len(history) + 1] * len(fed)] and not c["branch"].any()
+        assert c["item"].tolist() == [*item, *[TARGET] * len(fed)] and not c["branch"].any()
         assert c["at"].tolist() == [T - 1 + n for n in steps] and c["next"].tolist() == [title[n] for n in steps]
         paths = cat.trie.path_node[cat.trie.start[cat.trie.leaf_of_item[target]] :].tolist()
         assert c["node"].tolist() == [paths[n - 1] if n else 0 for n in steps]
@@ -434,7 +471,7 @@ def test_every_item_is_a_target_once():
     """--targets all: each item with one before it, once, with its last items as the history: all of them up to
     HISTORY, else between HISTORY - STRIDE and HISTORY."""
     sequences = [[100 * n + j for j in range(n)] for n in range(1, 45)]
-    found = data.examples(data.Dataset(None, [], [], [], [], [], sequences), "all")
+    found = data.examples(data.Dataset(None, [], [], [], [], [], [], sequences), "all")
     pairs = [(e.history[:k], t) for e in found for k, t in e.targets]
     assert sorted(t for _, t in pairs) == sorted(i for s in sequences for i in s[1:])
     for history, t in pairs:

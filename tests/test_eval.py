@@ -35,7 +35,7 @@ IDS = [f"i{n}" for n in range(len(TITLES))]
 @cache
 def world() -> tuple[Dataset, Catalogue, Decoder]:
     """A catalogue in which two items bear one title, a tiny model, windows."""
-    d, tokenizer = Dataset(Path("x"), IDS, TITLES, *[WINDOWS] * 3, SEQUENCES), data.train_tokenizer(TITLES)
+    d, tokenizer = Dataset(Path("x"), IDS, TITLES, TITLES, *[WINDOWS] * 3, SEQUENCES), data.train_tokenizer(TITLES)
     m = tiny_model("IN:1 OR:2 CR:1", vocab_size=tokenizer.get_vocab_size(), eos_token_id=0)
     cat = Catalogue(TITLES, tokenizer, m.config)
     return d, cat, Decoder(m, cat.trie)
@@ -102,7 +102,7 @@ def test_report_slices_add_up():
         parts = [s for name, s in r["slices"].items() if name.startswith(kind)]
         assert sum(s["n"] for s in parts) == r["n"] == 4
         assert all(sum(s["n"] * s[m] for s in parts) / 4 == pytest.approx(r[m]) for m in ("HR@10", "NDCG@5"))
-    many = Dataset(Path("x"), IDS, TITLES, *[WINDOWS] * 3, [[5] * 20 + [0] * 19 + [8] * 4])
+    many = Dataset(Path("x"), IDS, TITLES, TITLES, *[WINDOWS] * 3, [[5] * 20 + [0] * 19 + [8] * 4])
     assert {n: s["n"] for n, s in ev.report(many, WINDOWS, *at)["slices"].items()} == {
         "target seen 0-4 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2,
         "history of 1-4 items": 3, "history of 5+ items": 1}  # fmt: skip

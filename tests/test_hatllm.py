@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import prompt, refuses
 
-from hatllm import KINDS, PLAN, Layout, draw, layout, mask, parse_plan
+from hatllm import KINDS, PLAN, TARGET, Layout, draw, layout, mask, parse_plan
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
@@ -77,9 +77,11 @@ def may_look(kind: str, i: int, j: int, item, branch, fork) -> bool:
     both_items = item[i] > 0 and item[j] > 0
     if kind == "IN":
         return not (both_items and item[i] != item[j])
-    if kind == "CR":
-        return not (both_items and item[i] == item[j])
-    return kind == "OR" or item[i] == item[j]
+    if kind.startswith("CR") and both_items:
+        if item[i] == item[j]:
+            return kind != "CR" and item[i] == TARGET
+        return kind != "CR-last" or j + 1 == len(item) or item[j + 1] != item[j]
+    return kind in ("OR", "CR", "CR-own", "CR-last") or item[i] == item[j]
 
 
 def random_layout(seed: int):
@@ -92,7 +94,7 @@ def random_layout(seed: int):
         tails = [b for b in forks for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.5:
             rng.shuffle(tails)
-        item += [rng.choice([0, 2, 9]) for _ in tails]
+        item += [rng.choice([0, 2, 9, TARGET]) for _ in tails]
         rows.append((item, branch + tails, fork + [forks[b] for b in tails]))
     T = max(len(item) for item, *_ in rows) + rng.randint(0, 2)
     return [[x + [filler] * (T - len(x)) for x, filler in zip(row, (-1, 0, 0), strict=True)] for row in rows]
@@ -141,17 +143,17 @@ def test_additive_mask_is_0_or_minus_infinity_for_every_kind_heads_and_type():
 
 
 DRAWING = """\
-        IN          OR          CR          IN-closed
-Bought: o           o           o           o
-red     o#          o#          o#          .#
-pen     o##         o##         o.#         .##
-,       oooo        oooo        oooo        o..o
-ink     o..o#       o++o#       o++o#       ....#
-well    o..o##      o++o##      o++o.#      ....##
-.       ooooooo     ooooooo     ooooooo     o..o..o
-Next:   oooooooo    oooooooo    oooooooo    o..o..oo
-paper   o..o..oo#   o++o++oo#   o++o++oo#   ........#
-clip    o..o..oo##  o++o++oo##  o++o++oo.#  ........##"""
+        IN          OR          CR          IN-closed   CR-own      CR-last
+Bought: o           o           o           o           o           o
+red     o#          o#          o#          .#          o#          o#
+pen     o##         o##         o.#         .##         o.#         o.#
+,       oooo        oooo        oooo        o..o        oooo        oooo
+ink     o..o#       o++o#       o++o#       ....#       o++o#       o.+o#
+well    o..o##      o++o##      o++o.#      ....##      o++o.#      o.+o.#
+.       ooooooo     ooooooo     ooooooo     o..o..o     ooooooo     ooooooo
+Next:   oooooooo    oooooooo    oooooooo    o..o..oo    oooooooo    oooooooo
+paper   o..o..oo#   o++o++oo#   o++o++oo#   ........#   o++o++oo#   o.+o.+oo#
+clip    o..o..oo##  o++o++oo##  o++o++oo.#  ........##  o++o++oo##  o.+o.+oo##"""
 
 
 def test_drawing():

@@ -13,7 +13,7 @@ import data
 import eval as ev
 import train
 from eval import Recommender
-from hatllm import layout
+from hatllm import TARGET, layout
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def table(path: Path, *rows: str) -> str:
 
 def catalogue(shop: Path, path: Path, **changes) -> str:
     """The data's items.tsv with other titles; None: the item is gone."""
-    titles = data.read_items(shop / "items.tsv") | changes
+    titles = {x: item.title for x, item in data.read_items(shop / "items.tsv").items()} | changes
     return table(path, "item_id|title", *(f"{x}|{t}" for x, t in titles.items() if t is not None))
 
 
@@ -56,7 +56,7 @@ def brute(r: Recommender, made: Path, history: list[str], candidates: dict[str, 
     scores = {}
     for title, path in paths.items():
         text = torch.cat((tokens, torch.tensor(path[:-1], dtype=torch.long)))[None]
-        kinds = torch.cat((item, torch.full((len(path) - 1,), len(history) + 1)))[None]
+        kinds = torch.cat((item, torch.full((len(path) - 1,), TARGET)))[None]
         with torch.no_grad():
             z = r.model.logits(r.model(text, layout(kinds)))[0, len(tokens) - 1 :].float() / tau
         scores[title] = 0.0
@@ -116,7 +116,7 @@ def test_a_newer_catalogue(made, whole, tmp_path):
     r = Recommender(made, catalogue=path)
     candidates = {x: t for x, t in zip(r.d.ids, r.d.titles, strict=True) if x not in ("i2", "i3")}
     assert candidates["i1"] == "green pencil" and set(candidates) == {
-        x for x, t in data.read_items(Path(path)).items() if t
+        x for x, item in data.read_items(Path(path)).items() if item.title
     }
     assert r.d.titles[2:4] == whole.d.titles[2:4] and r.d.test == whole.d.test
     for history in (["i2", "i1", "i90"], ["i3"]):

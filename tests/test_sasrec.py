@@ -104,7 +104,9 @@ def test_ranks_equal_those_counted_one_by_one(more):
     m = model().train()  # what ranks must undo
     m.item.weight.data[[2, 5, 11, 17, 19, 20]] = 0  # these score 0 after any history: ties
     windows = [data.Window(h, 7 * n % N, "", 0) for n, h in enumerate(texts(40, 10))]
-    before, ties = ranks(m, data.Dataset(Path(), [], [], [], [], windows, []), "test", make_parser().parse_args(more))
+    before, ties = ranks(
+        m, data.Dataset(Path(), [], [], [], [], [], windows, []), "test", make_parser().parse_args(more)
+    )
     for n, w in enumerate(windows):
         score = (m(torch.tensor([w.history]))[0, -1] @ m.item.weight.T).tolist()
         score = [-math.inf if more and i in w.history else s for i, s in enumerate(score)]

@@ -32,7 +32,7 @@ import model as llama
 import train
 from data import Example
 from eval import newest
-from hatllm import layout
+from hatllm import TARGET, layout
 from model import Config, Llama
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
@@ -433,7 +433,7 @@ def test_a_damaged_run_is_one_sentence(name, spoil, own, shop):
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "model.safetensors", "metrics.jsonl.part"])
 def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
     """Catches a traceback, a checkpoint that is not whole, the last one gone, and .part files that fill the disk."""
-    out, kept = tmp_path / "out", {}
+    out, kept, first = tmp_path / "out", {}, 1 if file == "model.safetensors" else 4  # the 3rd step is the best yet
 
     def fill(patch):
         kept.update({name: text for name, text in files(out).items() if name != "metrics.jsonl"})
@@ -447,10 +447,10 @@ def test_a_full_disk_loses_nothing(file, run, shop, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, refuses("could not be written", "No space left"):
-        before_step(patch, 4, lambda: fill(patch))
+        before_step(patch, first, lambda: fill(patch))
         train.main(command(shop, out))
     assert kept and kept.items() <= files(out).items()
-    assert newest(out, "step").name == "step-000003" and not list(out.rglob("*.part"))
+    assert getattr(newest(out, "step"), "name", "") == "step-000003" * (first > 3) and not list(out.rglob("*.part"))
     train.main([*command(shop, out), "--resume"])
     assert_same_run(run, out)
 
@@ -514,7 +514,7 @@ def brute_force(r: train.Run, some: list[Example]) -> tuple[torch.Tensor, int]:
     total, n, paths = 0.0, 0, [[*title.tolist(), 0] for title in r.cat.titles]
     for history, k, target in [(e.history, k, target) for e in some for k, target in e.targets]:
         (tokens, item), title = r.cat.prompt(history[:k]), paths[target]
-        text, items = torch.tensor([[*tokens, *title]]), torch.tensor([[*item, *[k + 1] * len(title)]])
+        text, items = torch.tensor([[*tokens, *title]]), torch.tensor([[*item, *[TARGET] * len(title)]])
         z = r.model.logits(r.model(text, layout(items)))[0, len(tokens) - 1 :]
         for j, token in enumerate(title):
             n += 1
