@@ -49,6 +49,7 @@ LORA_ALPHA = 16.0  # adapters are scaled by LORA_ALPHA / rank
 LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ["q_proj", "v_proj"]  # linear layers that get adapters
 RATES = {"scratch": 1e-3, "full": 1e-4, "lora": 3e-4}  # peak learning rate
+DROPOUT = {"scratch": 0.1, "full": 0.0, "lora": 0.0}  # on the embeddings and both branches of a block
 WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
 BETAS = [0.9, 0.95]  # of AdamW
 WEIGHT_DECAY = 0.01  # on matrices
@@ -74,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=count, default=0, help="train on so many examples only, the same for every seed; 0: all")
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
-    add("--dropout", type=share, default=0.0, help="on the embeddings and both branches of a block (default: 0)")
+    add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
     add(
         "--lora",
         type=count,
@@ -84,14 +85,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
-    add("--max_steps", type=number(int, 1), default=1600, help="steps of the schedule (default: %(default)s)")
+    add("--max_steps", type=number(int, 1), default=2000, help="steps of the schedule (default: %(default)s)")
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
     add("--tokens", type=count, default=0, help="in a forward: less needs less memory; 0: 8192 on a GPU, 2048 on a CPU")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--eval_every", type=number(int, 1), default=400, help="steps between two validations, each with a checkpoint")
+    add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what differs from the defaults")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -111,7 +112,9 @@ def resolve(args):
     args.lora = 0 if scratch else args.lora
     args.targets = args.targets if args.targets != "auto" else "all" if scratch else "last"
     args.tokens = args.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length
-    args.lr = args.lr or RATES["scratch" if scratch else "lora" if args.lora else "full"]
+    kind = "scratch" if scratch else "lora" if args.lora else "full"
+    args.lr = args.lr or RATES[kind]
+    args.dropout = DROPOUT[kind] if args.dropout is None else args.dropout
     return args
 
 

@@ -78,7 +78,7 @@ def write_base(folder: Path, shop: Path, **more) -> Path:
 
 def command(shop: Path, out: Path, model="tiny", **flags) -> list[str]:
     """37 examples in steps of 8, the last of an epoch of 5; 8 steps are 1.6 epochs."""
-    flags = dict(limit=37, batch=8, max_steps=8, eval_every=3, eval_limit=7, lr=0.02) | flags
+    flags = dict(limit=37, batch=8, max_steps=8, eval_every=3, eval_limit=7, lr=0.02, dropout=0) | flags
     flags = dict(data=shop, out=out, model=model, targets="last") | flags
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
