@@ -18,7 +18,8 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -613,3 +614,15 @@ def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
         out.append(order[a:b])
         a = b
     return out
+
+
+def ahead(make: Callable, order: Iterable) -> Iterator:
+    """make(x) for x in order, each made by a thread while its predecessor is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for x in order:
+            coming, made = thread.submit(make, x), coming
+            if made:
+                yield made.result()
+        if coming:
+            yield coming.result()

@@ -109,23 +109,25 @@ def out_of_memory(e: RuntimeError) -> bool:
     return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
 
-def recommend(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int] | None = None) -> list[dict]:
-    """The items of the k best titles for every history; with targets also the nll of each, -log p of its title. A title
-    that several items bear lists all of them. A batch that is too large for the memory is halved."""
+def recommend(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int], prompts) -> list[dict]:
+    """The items of the k best titles for every history, whose prompts are given as data.collate_prompts makes them;
+    with targets also the nll of each, -log p of its title. A title that several items bear lists all of them. A batch
+    that is too large for the memory is halved."""
     try:
-        return search(decoder, cat, histories, args, targets)
+        return search(decoder, cat, histories, args, targets, prompts)
     except RuntimeError as e:
         if not out_of_memory(e) or len(histories) == 1:
             raise
     torch.cuda.empty_cache()  # after the except block: its traceback kept the failed tensors
-    half = len(histories) // 2
-    parts = slice(half), slice(half, None)
-    return [p for at in parts for p in recommend(decoder, cat, histories[at], args, targets and targets[at])]
+    half, found = len(histories) // 2, []
+    for at in (slice(half), slice(half, None)):
+        found += recommend(decoder, cat, histories[at], args, targets[at], [x[at] for x in prompts])
+    return found
 
 
-def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int] | None) -> list[dict]:
+def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int], prompts) -> list[dict]:
     device, k = decoder.model.head.device, args.k + data.HISTORY * args.exclude_history
-    tokens, item, source = (x.to(device) for x in data.collate_prompts(cat, histories))
+    tokens, item, source = (x.to(device) for x in prompts)
     target = cat.trie.leaf_of_item[targets].to(device) if targets else None
     k = min(k, cat.trie.n_leaves)
     ranking = decoder.search(tokens, item, k, args.beam, PATIENCE, source, target)
@@ -146,12 +148,13 @@ def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window],
     Either all windows have a target, or none has."""
     room = 4 * args.beam  # columns for the title tokens, so that the budget bounds the memory
     todo = data.batches([len(cat.prompt(w.history)[0]) + room for w in windows], args.tokens)
+    prompts = data.ahead(lambda at: data.collate_prompts(cat, [windows[i].history for i in at]), todo)
     predictions = [None] * len(windows)
     with tqdm(total=len(windows), desc="evaluate", unit="user", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for at in todo:
+        for at, prompt in zip(todo, prompts, strict=True):
             some = [windows[i] for i in at]
             targets = [w.target for w in some if w.target is not None]
-            found = recommend(decoder, cat, [w.history for w in some], args, targets)
+            found = recommend(decoder, cat, [w.history for w in some], args, targets, prompt)
             for i, w, p in zip(at, some, found, strict=True):
                 own = {"user": w.user, "history": [d.ids[x] for x in w.history]}
                 own |= {"target": d.ids[w.target]} if targets else {}
@@ -411,7 +414,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
     add("--auc", type=number(int, 0), default=0,
         help="also the AUC against so many random titles; as many as there are: every target's exact rank")  # fmt: skip
-    add("--tokens", type=whole, default=16384, help="in a batch: less needs less memory (default: %(default)s)")
+    add(
+        "--tokens",
+        type=whole,
+        default=1 << (18 if torch.cuda.is_available() else 14),
+        help="in a batch: less needs less memory (default: %(default)s)",
+    )
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
     add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
     add("--to", default="", metavar="FILE", help="what --histories writes (default: recommendations.tsv in --out)")

@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
-    add("--tokens", type=count, default=0, help="in a forward: less needs less memory; 0: 8192 on a GPU, 2048 on a CPU")
+    add(
+        "--tokens",
+        type=count,
+        default=0,
+        help="in a forward: less needs less memory; 0: what fits a GPU, 1024 on a CPU",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action="store_true", help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
@@ -111,7 +115,6 @@ def resolve(args):
     scratch = args.model == "tiny"
     args.lora = 0 if scratch else args.lora
     args.targets = args.targets if args.targets != "auto" else "all" if scratch else "last"
-    args.tokens = args.tokens or (8192 if torch.cuda.is_available() else 2048)  # a CPU likes forwards of one length
     kind = "scratch" if scratch else "lora" if args.lora else "full"
     args.lr = args.lr or RATES[kind]
     args.dropout = DROPOUT[kind] if args.dropout is None else args.dropout
@@ -164,6 +167,9 @@ class Run:
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         gpu = self.device.type == "cuda"
+        c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
+        if gpu and not args.tokens:  # half of the free memory, of which a layer keeps about 64 d bytes a token
+            self.tokens = torch.cuda.mem_get_info()[0] // (128 * c.hidden_size * c.num_hidden_layers)
         self.look_every = LOOK_EVERY if gpu else 1
         self.multiple = (
             64 if args.compile else 8 if gpu else 1
@@ -244,20 +250,10 @@ def get_batch(r: Run, step: int) -> Step:
 
 
 def make_step(r: Run, coded: list[dict], scale: float) -> Step:
-    """Forwards of at most args.tokens tokens, longest first."""
+    """Forwards of at most r.tokens tokens, longest first."""
     size = [len(c["tokens"]) for c in coded]
-    parts = [[coded[i] for i in part] for part in data.batches(size, r.args.tokens)]
+    parts = [[coded[i] for i in part] for part in data.batches(size, r.tokens)]
     return Step([data.collate(r.cat, part, r.multiple).to(r.device) for part in parts], scale, sum(size))
-
-
-def ahead(make, first: int, last: int) -> Iterator:
-    """make(first), .., make(last - 1), each made by a thread while its predecessor is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(make, first)
-        for i in range(first, last):
-            made = coming.result()
-            coming = thread.submit(make, min(i + 1, last - 1))
-            yield made
 
 
 def loss_of(r: Run, b: Batch) -> Tensor:
@@ -315,7 +311,7 @@ def train(r: Run) -> bool:
     quiet = r.world.rank > 0 or not sys.stderr.isatty()
     r.model.train()
     with stop_signals() as asked, tqdm(total=r.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
-        for step, batch in enumerate(ahead(lambda i: get_batch(r, i), first, r.steps), first):
+        for step, batch in enumerate(data.ahead(lambda i: get_batch(r, i), range(first, r.steps)), first):
             lr = learning_rate(step, r.steps, r.args.lr)
             recent.append(update(r, step, batch, lr))
             tokens += batch.tokens * r.world.size

@@ -16,7 +16,14 @@ from model import Config, Llama  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 VOCAB = 64
-PLANS = ("OR", "IN", "CR", "IN-closed", "IN:1 OR:2 CR:1", "IN-closed:2 OR:1 CR:1")  # of the 4 layers of tiny_model
+PLANS = (
+    "OR",
+    "IN",
+    "CR",
+    "IN-closed",
+    "IN:1 OR:2 CR-own:1",
+    "IN-closed:2 OR:1 CR-last:1",
+)  # of the 4 layers of tiny_model
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tiny models: waking a second one costs more
 

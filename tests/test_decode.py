@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import PLANS, data_root, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import decode
 from data import Catalogue, Example, Trie
 from decode import Decoder
-from hatllm import layout
+from hatllm import TARGET, layout
 from model import Llama, save
 from train import full_nll, trie_nll
 
@@ -58,7 +59,7 @@ def brute(plan: str, score: str, kind: str = "many", tau: float = 1.0) -> Tensor
     for b, n in enumerate(LENGTHS):
         # rows of one title each, padded at the end, where causal attention never looks
         text = torch.stack([torch.cat((tokens[b, :n], p[:-1], p.new_zeros(12 - len(p)))) for p in paths])
-        kinds = torch.stack([torch.cat((item[b, :n], torch.full((11,), int(item[b].max()) + 1))) for _ in paths])
+        kinds = torch.stack([torch.cat((item[b, :n], torch.full((11,), TARGET))) for _ in paths])
         with torch.no_grad():
             z = m.logits(m(text, layout(kinds)))[:, n - 1 :] / tau
         for x, p in enumerate(paths):
@@ -322,6 +323,32 @@ def catalogue() -> tuple[Catalogue, int]:
     tokenizer = data.train_tokenizer(titles)
     c = tiny_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=0).config
     return Catalogue(titles, tokenizer, c), c.vocab_size
+
+
+WAITS = ("nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "masked_select", "is_nonzero", "equal")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would have to finish before the CPU can go on: values, and sizes that depend on them."""
+
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, flat = op._overloadpacket.__name__, torch.utils._pytree.tree_leaves(args)
+        boolean = name.startswith("index") and any(x.dtype == torch.bool for x in flat[1:] if isinstance(x, Tensor))
+        sized = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        self.n += name in WAITS or boolean or sized
+        return op(*args, **kwargs or {})
+
+
+def test_a_step_of_the_search_waits_ten_times_at_most(monkeypatch):
+    """Each wait leaves a GPU without work. Catches filters by boolean masks, and .item()."""
+    d, seen, real, tolist = Decoder(model(HAT), trie()), [], Decoder.advance, Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda t: (setattr(waits, "n", waits.n + 1), tolist(t))[1])
+    monkeypatch.setattr(Decoder, "advance", lambda *a: seen.append(waits.n) or real(*a))
+    with Waits() as waits:
+        d.search(*prompts(), 10, 4)
+    assert len(seen) > 3 and 4 <= max(np.diff(seen)) <= 10
 
 
 @pytest.mark.parametrize("loss, score", [("msl", "trie"), ("lml", "full")])

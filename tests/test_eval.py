@@ -111,6 +111,10 @@ def test_report_slices_add_up():
 # --- windows through the decoder ------------------------------------------------------------------------------------
 
 
+def recommend(decoder, cat, histories, args, targets=()):
+    return ev.recommend(decoder, cat, histories, args, targets, data.collate_prompts(cat, histories))
+
+
 @pytest.mark.parametrize("exclude", ["", " --exclude_history"])
 def test_recommend(exclude):
     """The k best titles by brute force, with all items that bear them. exclude leaves out the history's items, and
@@ -118,7 +122,7 @@ def test_recommend(exclude):
     _, cat, decoder = world()
     histories = [w.history for w in WINDOWS]
     for k in (1, 4, 10, 30):
-        found = ev.recommend(decoder, cat, histories, flags(f"--k {k}{exclude}"))
+        found = recommend(decoder, cat, histories, flags(f"--k {k}{exclude}"))
         for history, p in zip(histories, found, strict=True):
             score, groups = truth(history), {}
             for i in sorted(set(range(len(TITLES))) - set(history if exclude else [])):
@@ -136,7 +140,7 @@ def test_predictions_are_in_the_order_of_the_windows():
     assert json.loads(json.dumps(found)) == found  # no numpy numbers: they cannot be written
     for w, p in zip(WINDOWS, found, strict=True):
         assert (p["user"], p["history"], p["target"]) == (w.user, [f"i{i}" for i in w.history], f"i{w.target}")
-        (one,), score = ev.recommend(decoder, cat, [w.history], flags()), truth(w.history)
+        (one,), score = recommend(decoder, cat, [w.history], flags()), truth(w.history)
         assert p["items"] == [[f"i{i}" for i in g] for g in one["items"]]
         assert p["titles"] == [TITLES[g[0]] for g in one["items"]]
         assert p["scores"] == pytest.approx(one["scores"], abs=1e-4)
@@ -151,7 +155,7 @@ def test_too_large_a_batch_is_halved(monkeypatch):
     """Out of memory: the same predictions in smaller batches, and nothing of the failed batch is held meanwhile."""
     (_, cat, decoder), real, sizes, held = world(), Decoder.search, [], []
     histories, targets = [w.history for w in WINDOWS], [w.target for w in WINDOWS]
-    expected = ev.recommend(decoder, cat, histories, flags(), targets)
+    expected = recommend(decoder, cat, histories, flags(), targets)
 
     def search(self, tokens, *rest, **more):
         sizes.append(len(tokens))
@@ -164,14 +168,14 @@ def test_too_large_a_batch_is_halved(monkeypatch):
 
     monkeypatch.setattr(Decoder, "search", search)
     room = 1
-    found = ev.recommend(decoder, cat, histories, flags(), targets)
+    found = recommend(decoder, cat, histories, flags(), targets)
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     for a, b in zip(found, expected, strict=True):
         assert (a["items"], a["exact"]) == (b["items"], b["exact"]) and a["nll"] == pytest.approx(b["nll"])
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-4)
     room = 0
     with pytest.raises(torch.OutOfMemoryError):  # one user alone; run() makes a sentence of it
-        ev.recommend(decoder, cat, histories, flags())
+        recommend(decoder, cat, histories, flags())
 
 
 def broken(token: int | None = None) -> Decoder:
@@ -185,7 +189,7 @@ def broken(token: int | None = None) -> Decoder:
 def test_scores_that_are_no_numbers_are_refused():
     """Catches lists of nothing that are called exact."""
     d, cat, _ = world()
-    for call in (lambda: ev.recommend(broken(), cat, [[0], [1, 2]], flags()),
+    for call in (lambda: recommend(broken(), cat, [[0], [1, 2]], flags()),
                  lambda: ev.predict(broken(), cat, d, WINDOWS, flags())):  # fmt: skip
         with refuses("not finite"):
             call()
@@ -200,7 +204,7 @@ def test_a_branch_that_is_not_a_number_is_not_exact():
     _, cat, _ = world()
     (red, *_) = cat.titles[0].tolist()  # titles that begin with it cannot be scored
     with refuses("not finite"):
-        ev.recommend(broken(red), cat, [[5, 7]], flags())
+        recommend(broken(red), cat, [[5, 7]], flags())
 
 
 # --- AUC ------------------------------------------------------------------------------------------------------------

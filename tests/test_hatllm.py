@@ -90,11 +90,12 @@ def random_layout(seed: int):
     for _ in range(2):
         item = [rng.randint(0, 3) for _ in range(6)] if rng.random() < 0.3 else prompt(rng, rng.randint(0, 4))
         branch, fork = [0] * len(item), [rng.randint(0, 9) for _ in item]  # fork means nothing on the trunk
-        forks = {b: rng.randint(0, len(item)) for b in range(1, rng.randint(1, 4))}
+        ends = [n for n in range(len(item) + 1) if n in (0, len(item)) or item[n - 1] != item[n]]  # of whole items
+        forks = {b: rng.choice(ends) for b in range(1, rng.randint(1, 4))}
         tails = [b for b in forks for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.5:
             rng.shuffle(tails)
-        item += [rng.choice([0, 2, 9, TARGET]) for _ in tails]
+        item += [rng.choice([0, TARGET]) for _ in tails]
         rows.append((item, branch + tails, fork + [forks[b] for b in tails]))
     T = max(len(item) for item, *_ in rows) + rng.randint(0, 2)
     return [[x + [filler] * (T - len(x)) for x, filler in zip(row, (-1, 0, 0), strict=True)] for row in rows]
