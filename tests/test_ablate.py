@@ -4,6 +4,7 @@ import itertools
 import random
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 import data
 import train
-from eval import NAMES, load_run
+from eval import NAMES, load_run, newest
 from extras import ablate
 from extras.ablate import read_lines
 from hatllm import InputError, layout
@@ -274,11 +275,21 @@ def test_attention_and_its_base(runs, shop, tmp_path, capsys):
         ablate.main(["attention", "--out", str(runs / "shop-OR-s0"), "--base"])
 
 
-def test_curves(runs, monkeypatch):
+def test_curves(runs, monkeypatch, capsys):
     drawn, one = [], runs / "shop-OR-s0"
-    monkeypatch.setattr(ablate, "draw", lambda path, panels: drawn.append(panels))
-    assert ablate.main(["curves", "--out", str(runs)]) and ablate.main(["curves", "--out", str(one)])
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "draw", lambda path, panels, columns: drawn.append(panels))
+        assert ablate.main(["curves", "--out", str(runs)]) and ablate.main(["curves", "--out", str(one)])
     assert [[len(lines) for lines in panels.values()] for panels in drawn] == [[2] * 3, [1] * 3]
     log = read_lines(one / "metrics.jsonl")
     for name, ((label, x, y),) in drawn[1].items():
         assert (label, x, y) == (str(one), [2, 4], [m[name] for m in log])
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with refuses("pip install matplotlib"):
+        ablate.main(["curves", "--out", str(one)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    best = int(newest(one, "best").name.removeprefix("best-"))  # the checkpoint that train.py saved
+    for row, m in zip(rows, log, strict=True):
+        numbers = [f"{m[name]:.4f}" for name in ("loss", "valid_nll", "valid_NDCG@10")]
+        assert row == [str(m["step"]), *numbers] + ["best"] * (m["step"] == best)
