@@ -4,6 +4,7 @@
     python -m extras.ablate run --data beauty --model smollm2-135m --plans "OR;IN:1/4 OR CR:1/4"
     python -m extras.ablate table --out out/ablate --seen 0 0    # again, of targets that never occur in training alone
     python -m extras.ablate attention --out out/ablate/books-OR-s0 --plot looks.png
+    python -m extras.ablate attention --out out/shop --recommend "title a" "title b"    # what a recommendation looks at
     python -m extras.ablate curves --out out/ablate --plot curves.png
 
 `run` hands every flag that is not its own to train.py. The same command again skips what is finished and resumes the
@@ -268,6 +269,16 @@ def shares(model: Llama, cat: data.Catalogue, coded: list[dict], budget: int = 4
     return total / n
 
 
+def looks(model: Llama, cat: data.Catalogue, coded: dict) -> dict[str, Tensor]:
+    """A text of a history of n items and a target -> for each kind of layer (2, n): the share of the header's and of
+    the title's attention that each item of the history has; mean over heads, queries and the layers of the kind."""
+    b = data.collate(cat, [coded]).to(model.head.device)
+    asking, keys = queries(b.item)[:2, 0], torch.nn.functional.one_hot(b.item[0])[:, 1:-1].double()  # (2, T), (T, n)
+    asking = asking / asking.sum(1, keepdim=True)
+    share = torch.stack([asking @ seen[0] @ keys for seen in attention(model, b.tokens, b.item)])  # (layers, 2, n)
+    return {kind: share[[k == kind for k in model.plan]].mean(0) for kind in dict.fromkeys(model.plan)}
+
+
 def models(args, model: Llama, c: dict) -> Iterator[tuple[str, Llama]]:
     """name, model: the trained one; under --base also its base, with the plan OR and with the run's."""
     if args.base is not None and not c["base"]:
@@ -279,6 +290,8 @@ def models(args, model: Llama, c: dict) -> Iterator[tuple[str, Llama]]:
 
 
 def show_attention(args):
+    if args.recommend or args.user is not None:
+        return show_recommendation(args)
     trained, cat, d, c = load_run(args.out, args.data, args.base or "")
     some = np.sort(np.random.default_rng(0).permutation(len(d.test))[: args.users])
     coded = [data.encode(cat, e, False) for e in data.window_examples([d.test[i] for i in some])]
@@ -300,6 +313,31 @@ def show_attention(args):
         draw(args.plot, panels, len(GROUPS))
 
 
+def show_recommendation(args):
+    """Which items of a history the best title looks at."""
+    r, panels = eval.Recommender(args.out, data=args.data, base=args.base or "", k=1), {}
+    window = r.window(args.recommend) if args.recommend else r.d.future.get(args.user)
+    if window is None:
+        raise InputError(f"--user {args.user}: {r.d.folder.name} has no such user_id, or --core dropped it")
+    (p,) = eval.predict(r.decoder, r.cat, r.d, [window], r.args)
+    (e,) = data.window_examples([window._replace(target=r.d.ids.index(p["items"][0][0]))])
+    print(f"recommended: {p['titles'][0]} (score {p['scores'][0]:.3f})")
+    print("share of attention, mean over heads and the layers of a kind; a bar compares it with the table's largest")
+    labels = [f"{n} {r.d.titles[i]:.40}" for n, i in enumerate(window.history, 1)]
+    for name, model in models(args, r.model, r.config):
+        share = looks(model, r.cat, data.encode(r.cat, e, False))
+        for g, group in enumerate(("where the title begins", "in the title")):
+            columns = [v[g].tolist() for v in share.values()]
+            most = max(map(max, columns)) or 1
+            print(f"\n{name}: {group}\n{'':<46}" + "".join(f"{kind:<19}" for kind in share))
+            for label, *row in zip(labels, *columns, strict=True):
+                print(f"{label:<46}" + "".join(f"{v:.4f} {'#' * round(10 * v / most):<12}" for v in row))
+            print(f"{'the rest: context, the title itself':<46}" + "".join(f"{1 - sum(v):<19.4f}" for v in columns))
+            panels[f"{name}: {group}"] = [(kind, v[::-1], labels[::-1]) for kind, v in zip(share, columns, strict=True)]
+    if args.plot:
+        draw(args.plot, panels, 2)
+
+
 def show_curves(args):
     logs = {str(file.parent): read_lines(file) for out in args.out for file in sorted(Path(out).rglob("metrics.jsonl"))}
     if not logs:
@@ -318,9 +356,10 @@ def show_curves(args):
 def draw(path: str, panels: dict[str, list], columns: int):
     """title -> lines (label, x, y), so many panels a row, into a png file."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure, rcParams
     except ImportError:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    rcParams["text.parse_math"] = False  # a title may hold dollars
     fig = figure.Figure(figsize=(13.5, len(panels) / columns * 3.3), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(len(panels) // columns, columns).flat, panels.items(), strict=True):
         for label, x, y in lines:
@@ -341,12 +380,16 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("table", help="the plans against the plain LLM").add_argument
     add("--out", default="out/ablate", help="folder of the runs; baselines-*.json are looked for in it and beside it")
     add("--seen", nargs=2, type=count, metavar=("LEAST", "MOST"), help="only targets so often in training: 0 0, 1 4")
-    add = commands.add_parser("attention", help="where a model looks, layer by layer").add_argument
+    looking = commands.add_parser("attention", help="where a model looks, layer by layer")
+    add = looking.add_argument
     add("--out", default="out", help="folder of a run of train.py")
     add("--data", default="", help="its data set's folder, if that has moved")
     add("--base", nargs="?", const="", metavar="FOLDER", help="also its base, in FOLDER if that has moved")
     add("--plot", help="draw the shares into this png file")
+    add = looking.add_mutually_exclusive_group().add_argument
     add("--users", type=number(int, 1), default=64, help="test windows, drawn by a fixed seed (default: %(default)s)")
+    add("--recommend", nargs="+", metavar="TITLE", help="a history, titles or ids: what its recommendation looks at")
+    add("--user", help="the same for the history of a user of the data")
     add = commands.add_parser("curves", help="loss and validation along the steps").add_argument
     add("--out", nargs="+", default=["out/ablate"], help="runs of train.py, or folders of such runs")
     add("--plot", default="curves.png", help="png file to draw into (default: %(default)s)")
