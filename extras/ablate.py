@@ -4,6 +4,7 @@
     python -m extras.ablate run --data beauty --model smollm2-135m --plans "OR;IN:1/4 OR CR:1/4"
     python -m extras.ablate table --out out/ablate --seen 0 0    # again, of targets that never occur in training alone
     python -m extras.ablate attention --out out/ablate/books-OR-s0 --plot looks.png
+    python -m extras.ablate attention --out out/shop --recommend "title a" "title b"    # what a recommendation looks at
     python -m extras.ablate curves --out out/ablate --plot curves.png
 
 `run` hands every flag that is not its own to train.py. The same command again skips what is finished and resumes the
@@ -15,6 +16,7 @@ import gc
 import json
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +24,9 @@ import torch
 from torch import Tensor
 
 import data
+import eval
 import train
-from eval import (
-    NAMES,
-    Parser,
-    find_base,
-    gains,
-    load_data,
-    load_run,
-    metrics,
-    number,
-    parse_flags,
-    popularity,
-    positions,
-    run,
-)
+from eval import Parser, load_run, metrics, number, parse_flags
 from hatllm import PLAN, TARGET, InputError, layout
 from model import Llama, load, read_json, rope, write_json
 
@@ -48,8 +38,8 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
     "CR:1/4 OR IN:1/4",  # swapped: is it the masks, or where they are?
     "IN-closed:1/4 OR CR:1/4",
 )
-COLUMNS = (*NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
-PREDICTION = ("user", "target", "items", "scores", "nll")  # what a line of predictions.jsonl holds, at least
+COLUMNS = (*eval.NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
+LEARNT = ("loss", "valid_nll", "valid_NDCG@10")  # of every step in metrics.jsonl, at least
 PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
 NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
 mean over seeds, 95% bootstrap interval over users, which says nothing about what other seeds would change"""
@@ -122,7 +112,7 @@ def read_lines(path: Path) -> list[dict]:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
-    needed = ("step", "loss", "valid_nll", "valid_NDCG@10") if path.name == "metrics.jsonl" else PREDICTION
+    needed = ("step", *LEARNT) if path.name == "metrics.jsonl" else ("user", "target", "items", "scores", "nll")
     if not lines or not all(isinstance(line, dict) and line.keys() >= set(needed) for line in lines):
         raise InputError(f"{path}: damaged; each line, and there is one at least, has {', '.join(needed)}")
     return lines
@@ -145,11 +135,11 @@ def read_run(place: Path, c: dict, items: set[str] | None) -> dict:
     predictions = [p for p in predictions if items is None or p["target"] in items]
     if not predictions:
         raise InputError(f"--seen: {place} has no test window with such a target")
-    at, nll = positions(predictions), np.array([p["nll"] for p in predictions])
+    at, nll = eval.positions(predictions), np.array([p["nll"] for p in predictions])
     best = max(read_lines(place / "metrics.jsonl"), key=train.merit)
     valid = {name: best[name] for name in ("valid_NDCG@10", "valid_nll")}
     own = c | {"place": place, "windows": [(p["user"], p["target"]) for p in predictions]}
-    return own | {"NDCG@10": gains(*at, 10), "nll": nll, "metrics": metrics(*at) | {"nll": nll.mean()} | valid}
+    return own | {"NDCG@10": eval.gains(*at, 10), "nll": nll, "metrics": metrics(*at) | {"nll": nll.mean()} | valid}
 
 
 def over_seeds(runs: list[dict]) -> dict:
@@ -189,7 +179,7 @@ def rows_of(runs: list[dict], c: dict, popular: dict, out: Path) -> list[dict]:
             asked = b["flags"]["history"], b["flags"]["exclude_history"]
             title = "SASRec" if asked == (data.HISTORY, False) else f"SASRec (history, excluded: {asked})"
             title += f" (on {b['popularity']['n']:,} windows)" if b["popularity"]["n"] != n else ""
-            each = [{k: r["test"][k] for k in NAMES} for r in b["runs"]]
+            each = [{k: r["test"][k] for k in eval.NAMES} for r in b["runs"]]
             rows.append({"name": title, "seeds": [*range(len(each))], "metrics": over_seeds(each)})
     plans = sorted({r["plan"] for r in runs})
     for plan in sorted(plans, key=[*PLANS, *plans].index):
@@ -225,10 +215,10 @@ def make_table(args):
         (place, c), items = own[0], None
         popular = read_json(tested(place, c, "results.json"), {"popularity": dict})["popularity"]
         if args.seen:
-            d, (least, most) = load_data(place, c), args.seen
+            d, (least, most) = eval.load_data(place, c), args.seen
             items = {x for x, n in zip(d.ids, d.counts, strict=True) if least <= n <= most}
             test = d.test[: c["eval_limit"] or None]
-            popular = metrics(*popularity(d, [w for w in test if d.ids[w.target] in items]))
+            popular = metrics(*eval.popularity(d, [w for w in test if d.ids[w.target] in items]))
             title += f", targets that occur {least} to {most} times in training"
         if len({(c["plan"], c["seed"]) for _, c in own}) < len(own):
             raise InputError(f"--out {out} holds a plan and a seed twice; move one of the runs away: {title}")
@@ -244,81 +234,139 @@ def make_table(args):
 
 
 @torch.inference_mode()
+def attention(model: Llama, tokens: Tensor, item: Tensor) -> Iterator[Tensor]:
+    """tokens, item (B, T) of whole texts -> for one layer after the other its attention (B, T, T), mean over heads."""
+    lay, x = layout(item), model.embed_tokens(tokens)
+    cos_sin = rope(model.config, lay.pos, x.dtype)
+    for block in model.layers:
+        q, k, _ = (y.double() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, D), as q
+        z = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~lay.mask(block.kind), -torch.inf)
+        yield z.softmax(-1).mean(1)
+        x = block(x, cos_sin, lay)
+
+
+def queries(item: Tensor) -> Tensor:
+    """item (B, T) of texts that end with a title -> (GROUPS, B, T), 1 where a token is of the group."""
+    title = item == TARGET
+    return torch.stack((title.roll(-1, 1) & ~title, title, (item > 0) & ~title)).double()
+
+
 def shares(model: Llama, cat: data.Catalogue, coded: list[dict], budget: int = 4096) -> Tensor:
     """Texts of one target each, as data.encode makes them -> (layers, GROUPS, PARTS), mean over heads and all queries
     of a group. To the header every item is another one, so it has nothing `within`; a token is within its own item."""
     total, n = torch.zeros(len(model.layers), len(GROUPS), len(PARTS)).double(), torch.zeros(len(GROUPS), 1).double()
     for part in data.batches([len(c["tokens"]) for c in coded], budget):
         b = data.collate(cat, [coded[i] for i in part]).to(model.head.device)
-        lay, own, other = layout(b.item), b.item[:, :, None], b.item[:, None, :]
-        within, first = (own > 0) & (own == other), torch.zeros_like(lay.sees)
+        own, other = b.item[:, :, None], b.item[:, None, :]
+        within, first = (own > 0) & (own == other), torch.zeros_like(own == other)
         first[:, :, 0] = True
         parts = torch.stack((within, (other > 0) & ~within, (other == 0) & ~first, first)).double()  # (PARTS, B, T, T)
-        title = b.item == TARGET
-        groups = torch.stack((title.roll(-1, 1) & ~title, title, (b.item > 0) & ~title)).double()  # (GROUPS, B, T)
+        groups = queries(b.item)
         n += groups.sum((1, 2)).cpu()[:, None]
-        x = model.embed_tokens(b.tokens)
-        cos_sin = rope(model.config, lay.pos, x.dtype)
-        for layer, block in enumerate(model.layers):
-            q, k, _ = (y.double() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, D), as q
-            z = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~lay.mask(block.kind), -torch.inf)
-            total[layer] += torch.einsum("gbq,bqk,pbqk->gp", groups, z.softmax(-1).mean(1), parts).cpu()
-            x = block(x, cos_sin, lay)
+        for layer, seen in enumerate(attention(model, b.tokens, b.item)):
+            total[layer] += torch.einsum("gbq,bqk,pbqk->gp", groups, seen, parts).cpu()
     return total / n
 
 
+def looks(model: Llama, cat: data.Catalogue, coded: dict) -> dict[str, Tensor]:
+    """A text of a history of n items and a target -> for each kind of layer (2, n): the share of the header's and of
+    the title's attention that each item of the history has; mean over heads, queries and the layers of the kind."""
+    b = data.collate(cat, [coded]).to(model.head.device)
+    asking, n = queries(b.item)[:2, 0], int(b.item[b.item < TARGET].max())  # (2, T)
+    keys = (b.item[0, :, None] == torch.arange(1, n + 1, device=b.item.device)).double()  # (T, n)
+    asking = asking / asking.sum(1, keepdim=True)
+    share = torch.stack([asking @ seen[0] @ keys for seen in attention(model, b.tokens, b.item)])  # (layers, 2, n)
+    return {kind: share[[k == kind for k in model.plan]].mean(0) for kind in dict.fromkeys(model.plan)}
+
+
+def models(args, model: Llama, c: dict) -> Iterator[tuple[str, Llama]]:
+    """name, model: the trained one; under --base also its base, with the plan OR and with the run's."""
+    if args.base is not None and not c["base"]:
+        raise InputError(f"--base: {args.out} was trained from scratch, there is no base to compare with")
+    yield f"trained, plan {c['plan']}", model
+    for plan in dict.fromkeys(("OR", c["plan"])) if args.base is not None else ():
+        base = eval.find_base(Path(args.out), c, args.base)
+        yield f"base, plan {plan}", load(base, plan, model.head.dtype).to(model.head.device).eval()
+
+
 def show_attention(args):
-    model, cat, d, c = load_run(args.out, args.data, args.base or "")
+    if args.recommend or args.user is not None:
+        return show_recommendation(args)
+    trained, cat, d, c = load_run(args.out, args.data, args.base or "")
     some = np.sort(np.random.default_rng(0).permutation(len(d.test))[: args.users])
     coded = [data.encode(cat, e, False) for e in data.window_examples([d.test[i] for i in some])]
-    asked, models, panels = [("trained", c["plan"])], [], {}
-    if args.base is not None:
-        if not c["base"]:
-            raise InputError(f"--base: {args.out} was trained from scratch, there is no base to compare with")
-        asked += [("base", plan) for plan in dict.fromkeys(("OR", c["plan"]))]
+    shown, panels = [], {}
     print(f"share of attention, mean over heads and queries, {len(some)} test windows; {setting(c)}")
-    for which, plan in asked:
-        if which == "base":
-            base = find_base(Path(args.out), c, args.base)
-            model = load(base, plan, model.head.dtype).to(model.head.device).eval()
-        name, share = f"{which}, plan {plan}", shares(model, cat, coded)
+    for name, model in models(args, trained, c):
+        share = shares(model, cat, coded)
         print(f"\n{name}\n{'layer':<14}" + "".join(f"{group:<36}" for group in GROUPS))
         print(" " * 12 + "".join(f"{part:>9}" for part in PARTS * len(GROUPS)))
         for i, (kind, row) in enumerate(zip(model.plan, share.flatten(1).tolist(), strict=True), 1):
             print(f"{i:>2} {kind:<9}" + "".join(f"{v:9.3f}" for v in row))
-        models.append({"model": name, "layers": model.plan, "share": share.tolist()})
+        shown.append({"model": name, "layers": model.plan, "share": share.tolist()})
         for g, group in enumerate(GROUPS):
             lines = [(part, range(1, len(share) + 1), share[:, g, p]) for p, part in enumerate(PARTS)]
             panels[f"{name}: {group}, by layer"] = lines
-    saved = {"setting": setting(c), "groups": GROUPS, "parts": PARTS, "n": len(some), "models": models}
+    saved = {"setting": setting(c), "groups": GROUPS, "parts": PARTS, "n": len(some), "models": shown}
     write_json(Path(args.out) / "attention.json", saved)
     if args.plot:
-        draw(args.plot, panels)
+        draw(args.plot, panels, len(GROUPS))
+
+
+def show_recommendation(args):
+    """Which items of a history the best title looks at."""
+    r, panels = eval.Recommender(args.out, data=args.data, base=args.base or "", k=1), {}
+    window = r.window(args.recommend) if args.recommend else r.d.future.get(args.user)
+    if window is None:
+        raise InputError(f"--user {args.user}: {r.d.folder.name} has no such user_id, or --core dropped it")
+    (p,) = eval.predict(r.decoder, r.cat, r.d, [window], r.args)
+    (e,) = data.window_examples([window._replace(target=r.d.ids.index(p["items"][0][0]))])
+    print(f"recommended: {p['titles'][0]} (score {p['scores'][0]:.3f})")
+    print("share of attention, mean over heads and the layers of a kind; a bar compares it with the table's largest")
+    labels = [f"{n} {r.d.titles[i]:.40}" for n, i in enumerate(window.history, 1)]
+    for name, model in models(args, r.model, r.config):
+        share = looks(model, r.cat, data.encode(r.cat, e, False))
+        for g, group in enumerate(("where the title begins", "in the title")):
+            columns = [v[g].tolist() for v in share.values()]
+            most = max(map(max, columns)) or 1
+            print(f"\n{name}: {group}\n{'':<46}" + "".join(f"{kind:<19}" for kind in share))
+            for label, *row in zip(labels, *columns, strict=True):
+                print(f"{label:<46}" + "".join(f"{v:.4f} {'#' * round(10 * v / most):<12}" for v in row))
+            print(f"{'the rest: context, the title itself':<46}" + "".join(f"{1 - sum(v):<19.4f}" for v in columns))
+            panels[f"{name}: {group}"] = [(kind, v[::-1], labels[::-1]) for kind, v in zip(share, columns, strict=True)]
+    if args.plot:
+        draw(args.plot, panels, 2)
 
 
 def show_curves(args):
     logs = {str(file.parent): read_lines(file) for out in args.out for file in sorted(Path(out).rglob("metrics.jsonl"))}
     if not logs:
         raise InputError(f"--out {' '.join(args.out)}: no metrics.jsonl is there; train.py writes it at a validation")
+    for name, log in logs.items():
+        print(f"\n{name}\n{'step':>8}" + "".join(f"{title:>15}" for title in LEARNT))
+        best = max(log, key=train.merit)
+        for m in log:
+            print(f"{m['step']:>8}" + "".join(f"{m[title]:15.4f}" for title in LEARNT) + "  best" * (m is best))
     panels = {}
-    for title in ("loss", "valid_nll", "valid_NDCG@10"):
+    for title in LEARNT:
         panels[title] = [(name, [m["step"] for m in log], [m[title] for m in log]) for name, log in logs.items()]
-    draw(args.plot, panels)
+    draw(args.plot, panels, len(LEARNT))
 
 
-def draw(path: str, panels: dict[str, list]):
-    """title -> lines (label, x, y), three panels a row, into a png file."""
+def draw(path: str, panels: dict[str, list], columns: int):
+    """title -> lines (label, x, y), so many panels a row, into a png file."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure, rcParams
     except ImportError:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    fig = Figure(figsize=(13.5, len(panels) * 1.1), layout="constrained")
-    for ax, (title, lines) in zip(fig.subplots(len(panels) // 3, 3).flat, panels.items(), strict=True):
+    rcParams["text.parse_math"] = False  # a title may hold dollars
+    fig = figure.Figure(figsize=(13.5, len(panels) / columns * 3.3), layout="constrained")
+    for ax, (title, lines) in zip(fig.subplots(len(panels) // columns, columns).flat, panels.items(), strict=True):
         for label, x, y in lines:
             ax.plot(x, y, ".-", label=label)
         ax.set_title(title, fontsize=8)
-    ax.legend(fontsize=6)
+        ax.legend(fontsize=6)
     fig.savefig(Path(path).with_suffix(".png"), dpi=150)
 
 
@@ -333,12 +381,16 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("table", help="the plans against the plain LLM").add_argument
     add("--out", default="out/ablate", help="folder of the runs; baselines-*.json are looked for in it and beside it")
     add("--seen", nargs=2, type=count, metavar=("LEAST", "MOST"), help="only targets so often in training: 0 0, 1 4")
-    add = commands.add_parser("attention", help="where a model looks, layer by layer").add_argument
+    looking = commands.add_parser("attention", help="where a model looks, layer by layer")
+    add = looking.add_argument
     add("--out", default="out", help="folder of a run of train.py")
     add("--data", default="", help="its data set's folder, if that has moved")
     add("--base", nargs="?", const="", metavar="FOLDER", help="also its base, in FOLDER if that has moved")
+    add("--plot", help="draw the shares into this png file")
+    add = looking.add_mutually_exclusive_group().add_argument
     add("--users", type=number(int, 1), default=64, help="test windows, drawn by a fixed seed (default: %(default)s)")
-    add("--plot", help="draw the shares by layer into this png file")
+    add("--recommend", nargs="+", metavar="TITLE", help="a history, titles or ids: what its recommendation looks at")
+    add("--user", help="the same for the history of a user of the data")
     add = commands.add_parser("curves", help="loss and validation along the steps").add_argument
     add("--out", nargs="+", default=["out/ablate"], help="runs of train.py, or folders of such runs")
     add("--plot", default="curves.png", help="png file to draw into (default: %(default)s)")
@@ -356,4 +408,4 @@ def main(argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if run(main) else 130)
+    sys.exit(0 if eval.run(main) else 130)

@@ -2,8 +2,10 @@
 
 import itertools
 import random
+import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch.testing import assert_close
 
 import data
 import train
-from eval import NAMES, load_run
+from eval import NAMES, Recommender, load_run, newest
 from extras import ablate
 from extras.ablate import read_lines
 from hatllm import InputError, layout
@@ -217,34 +219,81 @@ def test_interval_by_hand():
 
 
 @torch.no_grad()
+def attention_by_hand(model: Llama, c: dict) -> np.ndarray:
+    """(layers, T, T) of one text, query by query and head by head."""
+    item, lay, T = c["item"], layout(torch.tensor(c["item"])[None]), len(c["item"])
+    x, cos_sin = model.embed_tokens(torch.tensor(c["tokens"])[None]), rope(model.config, lay.pos)
+    seen = np.zeros((len(model.layers), T, T))
+    for layer, block in enumerate(model.layers):
+        q, k, _ = (y[0].double().numpy() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
+        for t, h in itertools.product(range(T), range(len(q))):
+            keys = [j for j in range(t + 1) if may_look(block.kind, t, j, item, c["branch"], c["fork"])]
+            w = np.exp([q[h, t] @ k[h * len(k) // len(q), j] / np.sqrt(q.shape[2]) for j in keys])
+            seen[layer, t, keys] += w / w.sum() / len(q)
+        x = block(x, cos_sin, lay)
+    return seen
+
+
 def shares_by_hand(model: Llama, coded: list[dict]) -> torch.Tensor:
-    """Query by query and head by head, text by text without padding."""
+    """Pair by pair, text by text without padding."""
     total, n = np.zeros((len(model.layers), 4, 4)), np.zeros(4)
     for c in coded:
-        item, lay = c["item"], layout(torch.tensor(c["item"])[None])
-        x, cos_sin = model.embed_tokens(torch.tensor(c["tokens"])[None]), rope(model.config, lay.pos)
+        item, seen = c["item"], attention_by_hand(model, c)
         groups = [0 if t == c["at"][0] else 1 if i == max(item) else 2 if i else 3 for t, i in enumerate(item)]
-        for layer, block in enumerate(model.layers):
-            q, k, _ = (y[0].double().numpy() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
-            for (t, g), h in itertools.product(enumerate(groups), range(len(q))):  # group 3: context
-                n[g] += layer == h == 0
-                keys = [j for j in range(t + 1) if may_look(block.kind, t, j, item, c["branch"], c["fork"])]
-                w = np.exp([q[h, t] @ k[h * len(k) // len(q), j] / np.sqrt(q.shape[2]) for j in keys])
-                for j, p in zip(keys, w / w.sum(), strict=True):
-                    part = (0 if item[j] == item[t] else 1) if item[j] else 2 if j else 3
-                    total[layer, g, part] += p / len(q)
-            x = block(x, cos_sin, lay)
+        for t, g in enumerate(groups):  # group 3: context
+            n[g] += 1
+            for j in range(t + 1):
+                part = (0 if item[j] == item[t] else 1) if item[j] else 2 if j else 3
+                total[:, g, part] += seen[:, t, j]
     return torch.from_numpy(total / n[:, None])[:, :3]
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_shares_by_hand(runs, plan):
+def test_shares_and_looks_by_hand(runs, plan):
     _, cat, d, _ = load_run(runs / "shop-OR-s0")
-    windows = [w._replace(history=w.history[:n]) for n, w in enumerate(d.train[:3], 1)]
+    windows = [w._replace(history=w.history[:n]) for n, w in enumerate(d.train[:2], 1)]
+    windows.append(d.train[2]._replace(history=[4, 5, 4]))  # an item twice: each place has its own share
     coded, model = [data.encode(cat, e, False) for e in data.window_examples(windows)], tiny_model(plan, vocab_size=400)
     want = shares_by_hand(model, coded)
     for budget in (1, 10_000):  # one text a forward, or all in one with padding
         assert_close(ablate.shares(model, cat, coded, budget), want, rtol=0, atol=1e-6)
+    c, found = coded[-1], ablate.looks(model, cat, coded[-1])
+    seen, title = attention_by_hand(model, c), np.flatnonzero(c["item"] == 4)
+    assert list(found) == list(dict.fromkeys(model.plan))
+    for kind, share in found.items():
+        of_kind = seen[[k == kind for k in model.plan]].mean(0)  # (T, T)
+        rows = of_kind[c["at"][0]], of_kind[title].mean(0)  # the header's last token; the title's
+        want = [[row[c["item"] == k].sum() for k in (1, 2, 3)] for row in rows]
+        assert_close(share, torch.tensor(want), rtol=0, atol=1e-6)
+        assert kind not in ("IN", "IN-closed") or share[1].tolist() == [0, 0, 0]
+        rest = [row[(c["item"] == 0) | (c["item"] == 4)].sum() for row in rows]
+        assert_close(1 - share.sum(1), torch.tensor(rest), rtol=0, atol=1e-6)
+
+
+def test_what_a_recommendation_looks_at(runs, tmp_path, capsys):
+    """The best title's numbers are on the screen and in the picture, for titles typed by hand and for a user."""
+    out, png = runs / "shop-IN1_CR1-s0", tmp_path / "looks.png"
+    r = Recommender(out)
+    user, window = next(iter(r.d.future.items()))
+    titles = [r.d.titles[i] for i in window.history]
+    assert ablate.main(["attention", "--out", str(out), "--recommend", *titles, "--plot", str(png)])
+    shown = capsys.readouterr().out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert ablate.main(["attention", "--out", str(out), "--user", user]) and capsys.readouterr().out == shown
+    best = r.top_k([titles])[0]
+    assert f"recommended: {best['titles'][0]} (score {best['scores'][0]:.3f})" in shown
+    example = data.Example(window.history, [(len(titles), r.d.ids.index(best["items"][0][0]))])
+    share = ablate.looks(r.model, r.cat, data.encode(r.cat, example, False))
+    rows = [line for line in shown.splitlines() if line[0:1].isdigit()]  # first those of the header, then the title's
+    assert len(rows) == 2 * len(titles) and max(word.count("#") for row in rows for word in row.split()) == 10
+    for row, (g, n) in zip(rows, itertools.product((0, 1), range(len(titles))), strict=True):
+        assert row.startswith(f"{n + 1} {titles[n]} ")
+        assert re.findall(r"0\.\d{4}", row) == [f"{v[g, n]:.4f}" for v in share.values()]
+    for argv, message in ((["--user", "nobody"], "nobody"), (["--user", user, "--users", "3"], "--users")):
+        with refuses(message):
+            ablate.main(["attention", "--out", str(out), *argv])
+    lines = [("$", [0.5], ["1 pen $_$"])]  # dollars are no formula
+    ablate.draw(png, {"a": lines, "b": lines}, 2)
 
 
 def test_attention_and_its_base(runs, shop, tmp_path, capsys):
@@ -270,15 +319,28 @@ def test_attention_and_its_base(runs, shop, tmp_path, capsys):
         assert (found["model"], found["layers"]) == (name, model.plan)
         assert_close(share, shares_by_hand(model, coded), rtol=0, atol=1e-5)
         assert "".join(f"{v:9.3f}" for v in share[1].flatten()) in shown
+    assert ablate.main(["attention", "--out", str(out), "--base", base, "--recommend", d.titles[3], "--plot", str(png)])
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}: in the title\n" in shown for name in models)
     with refuses("trained from scratch"):
         ablate.main(["attention", "--out", str(runs / "shop-OR-s0"), "--base"])
 
 
-def test_curves(runs, monkeypatch):
+def test_curves(runs, monkeypatch, capsys):
     drawn, one = [], runs / "shop-OR-s0"
-    monkeypatch.setattr(ablate, "draw", lambda path, panels: drawn.append(panels))
-    assert ablate.main(["curves", "--out", str(runs)]) and ablate.main(["curves", "--out", str(one)])
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "draw", lambda path, panels, columns: drawn.append(panels))
+        assert ablate.main(["curves", "--out", str(runs)]) and ablate.main(["curves", "--out", str(one)])
     assert [[len(lines) for lines in panels.values()] for panels in drawn] == [[2] * 3, [1] * 3]
     log = read_lines(one / "metrics.jsonl")
     for name, ((label, x, y),) in drawn[1].items():
         assert (label, x, y) == (str(one), [2, 4], [m[name] for m in log])
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with refuses("pip install matplotlib"):
+        ablate.main(["curves", "--out", str(one)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    best = int(newest(one, "best").name.removeprefix("best-"))  # the checkpoint that train.py saved
+    for row, m in zip(rows, log, strict=True):
+        numbers = [f"{m[name]:.4f}" for name in ("loss", "valid_nll", "valid_NDCG@10")]
+        assert row == [str(m["step"]), *numbers] + ["best"] * (m["step"] == best)
