@@ -19,7 +19,7 @@ import train
 from eval import NAMES, Recommender, load_run, newest
 from extras import ablate
 from extras.ablate import read_lines
-from hatllm import InputError, layout
+from hatllm import TARGET, InputError, layout
 from model import Config, Llama, load, read_json, rope, save, write_json
 
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -258,7 +258,7 @@ def test_shares_and_looks_by_hand(runs, plan):
     for budget in (1, 10_000):  # one text a forward, or all in one with padding
         assert_close(ablate.shares(model, cat, coded, budget), want, rtol=0, atol=1e-6)
     c, found = coded[-1], ablate.looks(model, cat, coded[-1])
-    seen, title = attention_by_hand(model, c), np.flatnonzero(c["item"] == 4)
+    seen, title = attention_by_hand(model, c), np.flatnonzero(c["item"] == TARGET)
     assert list(found) == list(dict.fromkeys(model.plan))
     for kind, share in found.items():
         of_kind = seen[[k == kind for k in model.plan]].mean(0)  # (T, T)
@@ -266,7 +266,7 @@ def test_shares_and_looks_by_hand(runs, plan):
         want = [[row[c["item"] == k].sum() for k in (1, 2, 3)] for row in rows]
         assert_close(share, torch.tensor(want), rtol=0, atol=1e-6)
         assert kind not in ("IN", "IN-closed") or share[1].tolist() == [0, 0, 0]
-        rest = [row[(c["item"] == 0) | (c["item"] == 4)].sum() for row in rows]
+        rest = [row[(c["item"] == 0) | (c["item"] == TARGET)].sum() for row in rows]
         assert_close(1 - share.sum(1), torch.tensor(rest), rtol=0, atol=1e-6)
 
 
