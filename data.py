@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from hatllm import TARGET, InputError
+from hatllm import TARGET, InputError, needed
 from model import Config, read_json
 
 PRESETS = ("ml-100k", "beauty", "office", "books")
@@ -554,6 +554,7 @@ class Batch:
     item: Tensor  # (B, T) as in hatllm.Layout, -1 on padding
     branch: Tensor | None  # (B, T), None where every example has one target
     fork: Tensor | None  # (B, T)
+    places: Tensor  # (B, S) see hatllm.needed
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the token to predict there, as a column of Catalogue.columns
     row: Tensor  # (M,) with column: all pairs (row, column) of tokens that may follow the title so far
@@ -590,9 +591,8 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])
     following, node = (torch.from_numpy(np.concatenate(column[x])).long() for x in ("next", "node"))
     row, child = cat.trie.children(node)
-    return Batch(
-        tokens, item, branch, fork, torch.from_numpy(rows), cat.place[following], row, cat.place[cat.trie.token[child]]
-    )
+    rows, column = torch.from_numpy(rows), cat.place[cat.trie.token[child]]
+    return Batch(tokens, item, branch, fork, needed(item), rows, cat.place[following], row, column)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

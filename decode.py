@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Trie, pad
-from hatllm import TARGET, InputError, Layout, layout
+from hatllm import TARGET, InputError, Layout, layout, needed
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
@@ -72,6 +72,7 @@ class SearchState:
 
     user: Tensor  # (B,) which prompt of the batch a row is, ascending
     item: Tensor  # (B, T) of the prompt, as in hatllm.Layout
+    short: Tensor  # (B, S) the same of what CR-last layers need; see hatllm.needed
     length: Tensor  # (B,) tokens of the prompt
     nodes: Tensor  # (B, n) trie node of every token read since, -1 where a row has none
     cache: Cache
@@ -79,9 +80,9 @@ class SearchState:
     def keep(self, user: Tensor):
         """Lets go of all rows but these users': a step costs each row as much as the busiest one."""
         at = torch.searchsorted(self.user, user)
-        for name in ("user", "item", "length", "nodes"):
+        for name in ("user", "item", "short", "length", "nodes"):
             setattr(self, name, getattr(self, name)[at])
-        self.cache.k, self.cache.v = self.cache.k[:, at], self.cache.v[:, at]
+        self.cache.k, self.cache.v = [k[at] for k in self.cache.k], [v[at] for v in self.cache.v]
 
 
 class Decoder:
@@ -119,13 +120,17 @@ class Decoder:
         """Reads the prompts (B, T), right-padded, once -> the state, and h (B, d) where the title begins.
         source (B, T): where a title's token stands among the tokens of all titles; -1 for context."""
         at, length = torch.arange(len(item), device=item.device), (item >= 0).sum(1)
-        cache = Cache(self.model.config, *item.shape, self.model.head)
-        state = SearchState(at, item, length, item.new_empty(len(item), 0), cache)
-        rows = at * item.shape[1] + length - 1
+        cache, places = Cache(len(self.model.layers)), needed(item)
+        short = item.gather(1, places.clamp(min=0)).where(places >= 0, -1)
+        state = SearchState(at, item, short, length, item.new_empty(len(item), 0), cache)
+        lay, rows = layout(item, places=places), at * item.shape[1] + length - 1
         if self.states is None or source is None:
-            return state, self.model(tokens, layout(item), cache, rows)
-        x = self.after_closed_layers(tokens, item, source)
-        return state, self.model.norm(self.model.blocks(x, layout(item), cache, first=self.closed, rows=rows))
+            return state, self.model(tokens, lay, cache, rows)
+        x, c = self.after_closed_layers(tokens, item, source), self.model.config
+        unseen = x.new_zeros(1, 1, 1, 1).expand(len(item), c.num_key_value_heads, item.shape[1], c.head_dim)
+        for layer in range(self.closed):
+            cache.extend(layer, unseen, unseen)  # a title does not look at the prompt there
+        return state, self.model.norm(self.model.blocks(x, lay, cache, first=self.closed, rows=rows))
 
     def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:
         """(B, T, d) after the IN-closed layers: the titles' from the item cache, the context's computed here."""
@@ -149,10 +154,15 @@ class Decoder:
         above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
         above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)  # (B, Q, n) is k an ancestor of q, or q itself?
         above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
-        sees = torch.cat(((state.item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
-        item = torch.cat((state.item, torch.where(state.nodes >= 0, TARGET, -1)), 1)  # (B, T + n)
-        pos = state.length[:, None] + trie.depth[nodes] - 1
-        return self.model(trie.token[nodes], Layout(item, pos, sees), state.cache, rows)
+        pos, new = state.length[:, None] + trie.depth[nodes] - 1, torch.where(state.nodes >= 0, TARGET, -1)
+
+        def with_prompt(item: Tensor) -> Layout:
+            sees = torch.cat(((item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
+            return Layout(torch.cat((item, new), 1), pos, sees)
+
+        lay = with_prompt(state.item)
+        lay.shorter = with_prompt(state.short)
+        return self.model(trie.token[nodes], lay, state.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
@@ -262,9 +272,9 @@ class Decoder:
         # a node is read where more than one token may follow; its children's probabilities are not known without
         read = torch.unique(edge[(trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)])
         if len(read):
-            user, nodes = read // trie.n_nodes, read % trie.n_nodes
+            user, nodes, filled = read // trie.n_nodes, read % trie.n_nodes, [*state.cache.n]
             note(user, nodes, self.feed_flat(state, user, nodes, int(user.bincount().max())))
-            state.nodes, state.cache.n = state.nodes[:, :0], state.item.shape[1]
+            state.nodes, state.cache.n = state.nodes[:, :0], filled
         return torch.zeros(B * n, device=h.device).index_add(0, title, logp[at]).view(B, n)
 
 

@@ -10,7 +10,8 @@ Each layer is of one kind, and a *plan* names the kinds from the first layer to 
     IN-closed  IN in which items and context do not look at each other either: the state of an item's tokens is then
                a function of its title alone, and can be computed once for all users (eval.py does)
     CR-own     CR in which the title to come sees itself: it is written, and a writer needs the word before
-    CR-last    CR-own in which of other items only the last token is seen, which has read their whole title
+    CR-last    CR-own in which of an item only its last token is seen, which has read the whole title; where a plan ends
+               with such layers, the tokens that nobody sees are not computed in them (`shorten`)
 
 All-OR is the plain LLM. `python hatllm.py` draws the masks of a small example.
 """
@@ -74,6 +75,8 @@ class Layout:
     item: Tensor  # (B, T) 0 context, 1.. bought items, TARGET, -1 padding
     pos: Tensor  # (B, Tq) position of the queries, for RoPE
     sees: Tensor  # (B, Tq, T) bool: the key comes before the query in one and the same text, or is the query itself
+    places: Tensor | None = None  # (B, S) of the tokens that CR-last layers need, -1 for none; see `needed`
+    shorter: "Layout | None" = None  # of these tokens alone; None: `shorten` makes it
     masks: dict = field(default_factory=dict)
 
     def mask(self, kind: str) -> Tensor:
@@ -111,13 +114,41 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     if kind in ("CR-own", "CR-last"):
         hidden = hidden & (q != TARGET)
     if kind == "CR-last":
-        last = F.pad(item[:, 1:] != item[:, :-1], (0, 1), value=True)[:, None, :]
-        hidden = hidden | (both_items & ~same & ~last)
+        hidden = hidden | ((k > 0) & ~same & ~is_last(item)[:, None, :])
     return sees & ~hidden
 
 
-def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None) -> Layout:
-    """Layout of whole texts. item (B, T), padding (-1) last.
+def is_last(item: Tensor) -> Tensor:
+    """(B, T) bool: the token is the last one of its item."""
+    return F.pad(item[:, 1:] != item[:, :-1], (0, 1), value=True)
+
+
+def needed(item: Tensor) -> Tensor:
+    """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come."""
+    kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
+    n = kept.sum(1, keepdim=True)
+    places = torch.argsort(~kept, dim=1, stable=True)[:, : int(n.max())]
+    return torch.where(torch.arange(places.shape[1], device=item.device) < n, places, -1)
+
+
+def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layout]:
+    """Before the CR-last layers at the end of a plan: x (B, T, d), rows (R,) of x.flatten(0, 1), and the layout, of the
+    needed tokens alone -> the same with S in place of T. When decoding with a cache all new tokens are needed."""
+    if lay.shorter is not None:
+        return x, rows, lay.shorter
+    places, (B, T, d) = needed(lay.item) if lay.places is None else lay.places, x.shape
+    at, there = places.clamp(min=0), places >= 0
+    S = at.shape[1]
+    sees = lay.sees.gather(1, at[:, :, None].expand(B, S, T)).gather(2, at[:, None, :].expand(B, S, S))
+    sees = (sees & there[:, None, :]) | torch.eye(S, dtype=torch.bool, device=x.device)
+    new = torch.zeros_like(lay.item).scatter_add(1, at, torch.arange(S, device=x.device) * there)  # (B, T) place in S
+    rows = rows // T * S + new.flatten()[rows]
+    item = lay.item.gather(1, at).where(there, -1)
+    return x.gather(1, at[:, :, None].expand(B, S, d)), rows, Layout(item, lay.pos.gather(1, at), sees)
+
+
+def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None) -> Layout:
+    """Layout of whole texts. item (B, T), padding (-1) last. places: see `needed`; None: they are found when needed.
 
     Several continuations may share one history: branch (B, T) is 0 on the trunk and b = 1.. on the b-th continuation,
     which sees the trunk's first fork (B, T) tokens and itself. Without branches all is trunk: causal attention.
@@ -132,7 +163,7 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         own = ((q == k) & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
         pos = torch.where(branch > 0, fork + own, at)
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
-    return Layout(item, pos, sees)
+    return Layout(item, pos, sees, places)
 
 
 # --- python hatllm.py: the masks of a small example -----------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hatllm import InputError, Layout, parse_plan
+from hatllm import InputError, Layout, parse_plan, shorten
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE = ("rope_type", "type", "rope_theta", *LLAMA3)  # what rope_scaling or rope_parameters may hold
@@ -173,20 +173,23 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens so far, one slot per token, in the order of the calls; room grows by doubling."""
+    """Keys and values of the tokens so far, in the order of the calls; room grows by doubling."""
 
-    def __init__(self, c: Config, B: int, size: int, like: Tensor):
-        shape = (c.num_hidden_layers, B, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v, self.n = like.new_zeros(shape), like.new_zeros(shape), 0  # zeros: a masked NaN is a NaN still
+    def __init__(self, layers: int):
+        self.k, self.v, self.n = [None] * layers, [None] * layers, [0] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, Hkv, Tq, D) of the new tokens -> those of all tokens (B, Hkv, T, D)."""
-        end = self.n + k.shape[2]
-        if end > self.k.shape[3]:
-            room = 0, 0, 0, max(end, 2 * self.n) - self.k.shape[3]
-            self.k, self.v = F.pad(self.k, room), F.pad(self.v, room)
-        self.k[layer, :, :, self.n : end], self.v[layer, :, :, self.n : end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        n, end = self.n[layer], self.n[layer] + k.shape[2]
+        self.n[layer] = end
+        if not n:
+            self.k[layer], self.v[layer] = k, v
+            return k, v
+        if end > self.k[layer].shape[2]:
+            room = 0, 0, 0, max(end, 2 * n) - self.k[layer].shape[2]  # zeros: a masked NaN is a NaN still
+            self.k[layer], self.v[layer] = F.pad(self.k[layer], room), F.pad(self.v[layer], room)
+        self.k[layer][:, :, n:end], self.v[layer][:, :, n:end] = k, v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -275,6 +278,8 @@ class Llama(nn.Module):
         self.dtype = None  # of the computation; None: that of the weights
         self.checkpointing = False  # recompute every block in the backward pass: less memory, a third more time
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        longer = [i for i, kind in enumerate(self.plan) if kind != "CR-last"]
+        self.short = longer[-1] + 1 if longer else 0  # the first of the CR-last layers at the end
         self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -298,15 +303,16 @@ class Llama(nn.Module):
 
     def blocks(self, x: Tensor, layout: Layout, cache=None, first=0, last=None, rows=None) -> Tensor:
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
-        cos_sin, Tq = rope(self.config, layout.pos, x.dtype), x.shape[1]
+        cos_sin = rope(self.config, layout.pos, x.dtype)
         for block in self.layers[first:last]:
+            if block.layer == self.short and rows is not None:
+                x, rows, layout = shorten(x, rows, layout)
+                cos_sin = rope(self.config, layout.pos, x.dtype)
             args = x, cos_sin, layout, cache, rows if block is self.layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
-        if cache is not None:
-            cache.n += Tq
         return x
 
     @property

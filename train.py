@@ -258,7 +258,7 @@ def make_step(r: Run, coded: list[dict], scale: float) -> Step:
 
 def loss_of(r: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
-    h = r.net(b.tokens, layout(b.item, b.branch, b.fork), rows=b.rows)
+    h = r.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
     return (trie_nll if r.args.loss == "msl" else full_nll)(r.model, r.columns, h, b).sum()
 
 

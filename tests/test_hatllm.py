@@ -77,10 +77,10 @@ def may_look(kind: str, i: int, j: int, item, branch, fork) -> bool:
     both_items = item[i] > 0 and item[j] > 0
     if kind == "IN":
         return not (both_items and item[i] != item[j])
-    if kind.startswith("CR") and both_items:
-        if item[i] == item[j]:
-            return kind != "CR" and item[i] == TARGET
-        return kind != "CR-last" or j + 1 == len(item) or item[j + 1] != item[j]
+    if kind.startswith("CR") and both_items and item[i] == item[j]:
+        return kind != "CR" and item[i] == TARGET
+    if kind == "CR-last" and item[j] > 0:
+        return j + 1 == len(item) or item[j + 1] != item[j]
     return kind in ("OR", "CR", "CR-own", "CR-last") or item[i] == item[j]
 
 
@@ -148,11 +148,11 @@ DRAWING = """\
 Bought: o           o           o           o           o           o
 red     o#          o#          o#          .#          o#          o#
 pen     o##         o##         o.#         .##         o.#         o.#
-,       oooo        oooo        oooo        o..o        oooo        oooo
+,       oooo        oooo        oooo        o..o        oooo        o.oo
 ink     o..o#       o++o#       o++o#       ....#       o++o#       o.+o#
 well    o..o##      o++o##      o++o.#      ....##      o++o.#      o.+o.#
-.       ooooooo     ooooooo     ooooooo     o..o..o     ooooooo     ooooooo
-Next:   oooooooo    oooooooo    oooooooo    o..o..oo    oooooooo    oooooooo
+.       ooooooo     ooooooo     ooooooo     o..o..o     ooooooo     o.oo.oo
+Next:   oooooooo    oooooooo    oooooooo    o..o..oo    oooooooo    o.oo.ooo
 paper   o..o..oo#   o++o++oo#   o++o++oo#   ........#   o++o++oo#   o.+o.+oo#
 clip    o..o..oo##  o++o++oo##  o++o++oo.#  ........##  o++o++oo##  o.+o.+oo##"""
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hatllm import KINDS, Layout, layout
+from hatllm import KINDS, TARGET, Layout, is_last, layout, needed
 from model import Cache, Config, Llama, LoRALinear, add_lora, attend, load, load_lora, merge_lora, save, save_lora
 
 peft = pytest.importorskip("peft")
@@ -205,18 +205,43 @@ def test_every_text_is_computed_as_if_alone(plan, seed):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("size", [4, 64])
 @torch.no_grad()
-def test_cached_chunks_equal_one_forward(plan, size):
+def test_cached_chunks_equal_one_forward(plan):
     """Prefill, then chunks of one token and of several, through a cache that has to grow and one that has not."""
     model, (tokens, full, _) = tiny_model(plan), batch(8)
     want, T, start = model(tokens, full), tokens.shape[1], 0
-    cache = Cache(model.config, len(tokens), size, model.head)
-    for end in (T - 9, T - 8, T - 7, T - 4, T):
+    cache = Cache(len(model.layers))
+    whole = ((full.item < 1) | (full.item == TARGET) | is_last(full.item)).all(0)  # no bought item is cut after it
+    possible = [n for n in range(2, T) if whole[n - 1]]
+    for end in (possible[0], possible[1], possible[-4], T):
         part = Layout(full.item[:, :end], full.pos[:, start:end], full.sees[:, start:end, :end])
         assert_close(model(tokens[:, start:end], part, cache), want[:, start:end], **CLOSE)
         start = end
-        assert cache.n == end
+        assert {*cache.n} == {end}
+
+
+@pytest.mark.parametrize("plan", ["CR-last", "OR:1 CR-last", "IN-closed:1 OR:1 CR-last:2"])
+@pytest.mark.parametrize("seed", [3, 5, 8])
+def test_what_nobody_sees_is_not_computed(plan, seed):
+    """States and gradients are those of the masked computation, with branches and padding; and fewer tokens reach the
+    CR-last layers. A layer that is not CR-last after them computes all."""
+    model, (tokens, lay, rows) = tiny_model(plan), batch(seed)
+    last = torch.tensor([r * tokens.shape[1] + i for r, (item, *_) in enumerate(rows) for i, k in enumerate(item)
+                         if k == TARGET or k == 0])  # fmt: skip
+    x = model.embed_tokens(tokens).detach().requires_grad_()
+    widths = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    want = model.blocks(x, lay).flatten(0, 1)[last]
+    n = needed(lay.item).shape[1]
+    assert {*widths} == {tokens.shape[1]} and n < tokens.shape[1] and not widths.clear()
+    got = model.blocks(x, lay, rows=last)
+    assert_close(got, want, rtol=1e-4, atol=2e-5)
+    assert widths == [n if kind == "CR-last" else tokens.shape[1] for kind in model.plan]
+    weight = torch.randn_like(want)
+    assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)), rtol=1e-4, atol=5e-5)
+    mixed = tiny_model("CR-last:3 OR:1")
+    assert_close(mixed.blocks(x, lay, rows=last), mixed.blocks(x, lay).flatten(0, 1)[last], **CLOSE)
 
 
 def jacobian(plan: str, item: list[int]) -> torch.Tensor:

@@ -602,7 +602,7 @@ def test_a_step_is_few_operations(shop, tmp_path, monkeypatch):
     assert 1500 < kernels.n <= 2500
 
 
-@pytest.mark.parametrize("flags", [{"loss": "msl"}, {"loss": "lml", "targets": "all"}])
+@pytest.mark.parametrize("flags", [{"loss": "msl"}, {"loss": "lml", "targets": "all", "plan": "OR CR-last:1"}])
 def test_a_step_never_waits_for_the_device(flags, shop, base):
     """Meta tensors have a shape and no values, so that whatever needs one raises: .item(), a boolean index, a size that
     depends on data. Each of these would stop the CPU until a GPU has caught up."""
