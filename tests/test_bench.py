@@ -12,6 +12,7 @@ from decode import Decoder
 from extras import bench
 from model import save
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 TITLES = ["red pen", "red pencil", "blue ink", "blue", "ink well", "well", "paper", "paper clip", "big red box",
           "box of pens", "green box", "pen", "clip", "blue"]  # fmt: skip
 
