@@ -2,14 +2,17 @@
 
     python -m extras.bench decode --beams 20 --score trie    # Decoder.search against generate()
     python -m extras.bench train --batch 8                   # train.update against LlamaForCausalLM with peft's LoRA
+    python -m extras.bench train --batch 8 --lora 0          # the same, full fine-tuning
     python -m extras.bench cache --users 32                  # prefill with and without the item cache of IN-closed
 
 All check that the answers agree. ratio: how many times as fast as the first side, the median over rounds, so that
-others on the machine do little harm. MiB: what a run adds, at its peak, to the weights, which both sides share. The
-last line is one JSON object with all numbers. Needs requirements-dev.txt.
+others on the machine do little harm. MiB: what a run adds, at its peak, to the weights (both sides share those that are
+not trained) and to the optimizer's state. MFU: the share of the card's nominal bf16 FLOP/s that goes into the products
+with the layers' weights. The last line is one JSON object with all numbers. Needs requirements-dev.txt.
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -27,18 +30,29 @@ import train
 from decode import Decoder
 from eval import Parser, number, parse_flags, run
 from hatllm import InputError
-from model import Llama, add_lora, hf_name, save_lora
+from model import Llama, adapters, add_lora, hf_name, save_lora
+
+PEAK = {  # dense bf16 FLOP/s as the maker states them, by a part of the card's name; the first that fits counts
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+}  # fmt: skip
+
+
+def here() -> dict[str, str]:
+    """What numbers of today hold for."""
+    gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
+    return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__}
 
 
 def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
     what the numbers hold for, which is printed."""
     flags = ["--data", args.data, "--model", args.model, "--plan", plan, "--dtype", args.dtype, "--lora", "0"]
-    r = train.Run(train.resolve(train.make_parser().parse_args([*flags, "--loss", "lml"])))
-    r.model.to(r.dtype).eval()
-    machine = torch.cuda.get_device_name() if r.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    head = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__}
-    head |= vars(args) | {"dtype": str(r.dtype)[6:], "base_source": r.config["base_source"]}
+    flags += ["--loss", "lml", "--tokens", str(args.tokens)]
+    r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
+    trained = args.mode == "train" and not args.lora  # such weights stay in fp32, as in train.py
+    r.model.to(torch.float32 if trained else r.dtype).eval()
+    head = here() | vars(args) | {"dtype": str(r.dtype)[6:], "base_source": r.config["base_source"]}
     print(" | ".join(f"{k} {v}" for k, v in head.items() if v != ""))
     users = np.random.default_rng(0).permutation(len(r.d.test))[: args.users]
     prompts = data.collate_prompts(r.cat, [r.d.test[i].history for i in users])
@@ -50,9 +64,10 @@ def transformers_model(model: Llama):
     import transformers as hf
 
     hf.logging.set_verbosity_error()
-    theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**model.config.to_json()))
+    with model.head.device:  # else a CPU draws weights that are thrown away, for half a minute
+        theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**model.config.to_json()))
     weights = {hf_name(n): p.data for n, p in model.named_parameters() if hf_name(n)}
-    theirs.to(model.head.device).load_state_dict(weights, strict=False, assign=True)
+    theirs.load_state_dict(weights, strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -183,60 +198,90 @@ def bench_cache(args) -> dict:
     return head | {"rows": rows}
 
 
-def finetuner(r: train.Run, theirs):
-    """A LoRA step as users of transformers + peft write it: labels outside the target title are -100."""
+def with_peft(r: train.Run, theirs):
+    """theirs with the adapters of r, by peft."""
     import peft
 
     with tempfile.TemporaryDirectory() as folder:
         save_lora(r.model, Path(folder))
-        model = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True).train()
-    params, eos = [p for p in model.parameters() if p.requires_grad], r.model.config.eos_token_id
-    optimizer = torch.optim.AdamW(params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY)
+        return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
 
-    def step(examples: list[data.Example], lr: float) -> float:
-        """-> the loss. Every target has a prompt of its own."""
-        texts, labels = [], []
+
+def finetuner(r: train.Run, theirs, tokens: int):
+    """A step as users of transformers write it: labels outside the target title are -100; gradients of forwards of at
+    most so many tokens add up, 0: one forward."""
+    model = (with_peft(r, theirs) if adapters(r.model) else theirs).train()
+    params, eos = [p for p in model.parameters() if p.requires_grad], r.model.config.eos_token_id
+    optimizer = torch.optim.AdamW(params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY, fused=True)
+
+    def forward(texts: list[np.ndarray], labels: list[np.ndarray]) -> Tensor:
+        """-> the mean loss of a forward's labels."""
+        mask = data.pad([0 * text + 1 for text in texts], 0)
+        ids, labels, mask = (x.to(r.device) for x in (data.pad(texts, eos), data.pad(labels, -100), mask))
+        with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
+            return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+
+    def step(examples: list[data.Example], lr: float) -> tuple[float, int]:
+        """-> the loss, how many tokens were read. Every target has a prompt of its own."""
+        texts, labels, total = [], [], torch.zeros((), device=r.device)
         for history, target in [(e.history[:k], target) for e in examples for k, target in e.targets]:
             prompt, title = r.cat.prompt(history)[0], np.append(r.cat.titles[target], eos)
             texts.append(np.append(prompt, title))
             labels.append(np.append(0 * prompt - 100, title))
-        mask = data.pad([0 * text + 1 for text in texts], 0)
-        ids, labels, mask = (x.to(r.device) for x in (data.pad(texts, eos), data.pad(labels, -100), mask))
-        with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
-        loss.backward()
+        size, n = [len(text) for text in texts], sum((own >= 0).sum() for own in labels)
+        for part in data.batches(size, tokens or len(size) * max(size)):
+            own = [labels[i] for i in part]
+            loss = forward([texts[i] for i in part], own) * (sum((x >= 0).sum() for x in own) / n)
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(params, train.CLIP)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return float(total), sum(size)
 
     return step
 
 
-def our_step(r: train.Run, examples: list[data.Example], lr: float) -> float:
-    """-> the loss. The targets of an example share its history."""
+def our_step(r: train.Run, examples: list[data.Example], lr: float) -> tuple[float, int]:
+    """-> the loss, how many tokens were read. The targets of an example share its history."""
     coded = [data.encode(r.cat, e, False) for e in examples]
-    return float(train.update(r, 0, train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, examples)), lr)[0])
+    batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, examples))
+    return float(train.update(r, 0, batch, lr)[0]), batch.tokens
+
+
+def mfu(model: Llama, tokens_per_s: float, machine: str) -> float | None:
+    """The share of a card's FLOP/s that training needs: of each of the N weights of the layers two a token forward, two
+    for the gradient that goes on to the layer before, and two for its own, if it is trained. None: an unknown card."""
+    N = sum(p.numel() for p in model.layers.parameters())
+    peak = next((v for name, v in PEAK.items() if name in machine), None)
+    return peak and (4 if adapters(model) else 6) * N * tokens_per_s / peak
 
 
 def bench_train(args) -> dict:
-    """last: one target a prompt, and the adapters learn. all: every item is a target; nothing is learnt."""
+    """last: one target a prompt, and the model learns. all: every item is a target; nothing is learnt."""
     (r, _, head), rows, rng = set_up(args), [], np.random.default_rng(0)
-    theirs = transformers_model(r.model)
-    # without dropout, which could not be the same on both sides
-    add_lora(r.model, 8, train.LORA_ALPHA, 0.0, train.LORA_TARGETS).to(r.device).train()
+    theirs = transformers_model(r.model if args.lora else copy.deepcopy(r.model))
+    if args.lora:  # without dropout, which could not be the same on both sides
+        add_lora(r.model, args.lora, train.LORA_ALPHA, 0.0, train.LORA_TARGETS).to(r.device)
+    r.model.train()
     r.params = [p for p in r.model.parameters() if p.requires_grad]
     r.optimizer = torch.optim.AdamW(r.params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY, fused=True)
-    steps = {"transformers + peft": finetuner(r, theirs), "ours": lambda *a: our_step(r, *a)}
-    for targets, n, lr in (("last", args.batch, train.RATES["lora"]), ("all", max(1, args.batch // 4), 0.0)):
+    steps = {"transformers" + " + peft" * (args.lora > 0): finetuner(r, theirs, args.tokens)}
+    steps["ours"] = lambda *a: our_step(r, *a)
+    peak = train.RATES["lora" if args.lora else "full"]
+    for targets, n, lr in (("last", args.batch, peak), ("all", max(1, args.batch // 4), 0.0)):
         pool = data.examples(r.d, targets)
         chosen = [[pool[i] for i in at] for at in rng.integers(len(pool), size=(args.rounds, n))]
         sides = {f"{name}, {targets}": lambda i, f=f, x=chosen, lr=lr: f(x[i], lr) for name, f in steps.items()}
         n_targets = sum(len(e.targets) for part in chosen for e in part) / args.rounds
-        (expected, first), (found, row) = in_turns(sides, args.rounds, "targets", n_targets).values()
-        gap = max(abs(a - b) for a, b in zip(expected, found, strict=True))
-        rows += [first, row | {"targets": n_targets, "losses": found, "gap": gap}]
+        both = in_turns(sides, args.rounds, "targets", n_targets).values()
+        for found, row in both:
+            row["tokens/s"] = row["targets/s"] * np.mean([tokens for _, tokens in found]) / n_targets
+            row["MFU"] = mfu(r.model, row["tokens/s"], head["machine"])
+        (expected, first), (found, row) = both
+        gap = max(abs(a - b) for (a, _), (b, _) in zip(expected, found, strict=True))
+        rows += [first, row | {"targets": n_targets, "losses": [loss for loss, _ in found], "gap": gap}]
     show([{name: v for name, v in row.items() if name != "losses"} for row in rows])
     agree = max(row.get("gap", 0) for row in rows) < (1e-4 if r.dtype == torch.float32 else 2e-2)
     return head | {"rows": rows, "losses agree": agree}
@@ -253,6 +298,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--beams", type=number(int, 2), nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
     add("--score", nargs="+", default=["trie", "full"], choices=("trie", "full"), help="decode (default: both)")
     add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches")
+    add("--lora", type=number(int, 0), default=8, help="train: rank of the adapters; 0: full fine-tuning (default: 8)")
+    add("--tokens", type=number(int, 0), default=0,
+        help="train: in a forward, on both sides; 0: here as in train.py, there all at once")  # fmt: skip
     add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="as in train.py")
     return p
 

@@ -1,5 +1,6 @@
 """Small pieces the tests share: `from conftest import PLANS, tiny_model`."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads slow shared cores down
@@ -31,6 +32,15 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tiny models:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def frozen_heap():
+    """gc.collect, which extras.bench calls before it measures, does not look through what is loaded already."""
+    pytest.importorskip("transformers.models.llama.modeling_llama")
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @contextmanager

@@ -12,20 +12,26 @@ from decode import Decoder
 from extras import bench
 from model import save
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 TITLES = ["red pen", "red pencil", "blue ink", "blue", "ink well", "well", "paper", "paper clip", "big red box",
           "box of pens", "green box", "pen", "clip", "blue"]  # fmt: skip
+
+
+def write_shop(place):
+    """A data set of 14 items and 14 users."""
+    rng = random.Random(0)
+    lines = [f"u{u}\t{' '.join(str(rng.randrange(14)) for _ in range(9))}\t{u} 5 5 5 6 7 8 9 10" for u in range(5)]
+    lines += [f"v{u}\t{' '.join(map(str, range(u, 14)))}\t{' '.join(map(str, range(u, 14)))}" for u in range(9)]
+    (place / "items.tsv").write_text("\n".join(["item_id\ttitle", *(f"{i}\t{t}" for i, t in enumerate(TITLES))]))
+    (place / "sequences.tsv").write_text("\n".join(["user_id\titem_ids\ttimes", *lines]))
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A data set and a Llama folder, as flags."""
     pytest.importorskip("transformers")
-    place, rng = tmp_path_factory.mktemp("bench"), random.Random(0)
-    lines = [f"u{u}\t{' '.join(str(rng.randrange(14)) for _ in range(9))}\t{u} 5 5 5 6 7 8 9 10" for u in range(5)]
-    lines += [f"v{u}\t{' '.join(map(str, range(u, 14)))}\t{' '.join(map(str, range(u, 14)))}" for u in range(9)]
-    (place / "items.tsv").write_text("\n".join(["item_id\ttitle", *(f"{i}\t{t}" for i, t in enumerate(TITLES))]))
-    (place / "sequences.tsv").write_text("\n".join(["user_id\titem_ids\ttimes", *lines]))
-    tokenizer = train_tokenizer(TITLES)
+    place, tokenizer = tmp_path_factory.mktemp("bench"), train_tokenizer(TITLES)
+    write_shop(place)
     save(tiny_model(vocab_size=tokenizer.get_vocab_size(), tie_word_embeddings=True), place)
     tokenizer.save(str(place / "tokenizer.json"))
     (place / "source.json").write_text('{"holds": "noise"}')
@@ -45,14 +51,30 @@ def test_decode(places, capsys):
         assert (row["exact"], row["equal"], row["common"]) == (1, 3, 1) and row["gap"] < 1e-4
 
 
-def test_train(places, capsys, monkeypatch):
-    """The losses stay together while the adapters learn, and where all targets share one forward on our side."""
+@pytest.mark.parametrize(("lora", "work"), ((8, 4), (0, 6)))
+def test_train(lora, work, places, capsys, monkeypatch):
+    """The losses stay together while the model learns, where all targets share one forward on our side, and where a
+    step needs several. A token costs so many FLOPs a weight of the layers: 2 forward, 2 or 4 backward."""
     pytest.importorskip("peft")
-    monkeypatch.setitem(bench.train.RATES, "lora", 0.003)
-    out = result(["train", *places], capsys)
-    _, last, _, every = out["rows"]
+    monkeypatch.setattr(bench.train, "RATES", {"lora": 0.003, "full": 0.003})
+    monkeypatch.setattr(bench, "PEAK", {"CPU": 1e9})
+    out = result(["train", *places, "--lora", str(lora), "--tokens", "100"], capsys)
+    theirs, last, _, every = out["rows"]
     assert last["targets"] == 4 < every["targets"]
     assert out["losses agree"] and max(last["gap"], every["gap"]) < 1e-4
+    tokens = [row["tokens/s"] / row["targets/s"] for row in (theirs, last)]
+    assert tokens[0] - tokens[1] == pytest.approx(1)  # they feed the end token, too
+    weights = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 4 * lora * (32 + 32 + 32 + 16)
+    assert last["MFU"] == pytest.approx(work * weights * last["tokens/s"] / 1e9)
+
+
+def test_card():
+    """A million weights, 6 FLOPs each, 100 million tokens/s: 600 TFLOP/s of 989."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.Linear(1000, 1000, bias=False)
+    assert bench.mfu(model, 1e8, "NVIDIA H100 80GB HBM3") == pytest.approx(6e14 / 989e12)
+    assert bench.mfu(model, 1e8, "NVIDIA H100 PCIe") == pytest.approx(6e14 / 756e12)
+    assert bench.mfu(model, 1e8, "8 CPU threads") is None
 
 
 def test_cache(places, capsys):

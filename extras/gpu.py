@@ -1,0 +1,251 @@
+"""What this code has to show on a GPU, in one command for a card that is borrowed for minutes.
+
+    python -m extras.gpu --out out/gpu             # every stage, 15 minutes at most; the same command goes on
+    python -m extras.gpu --out /tmp/toy --toy      # the same on a CPU, with a tiny random model
+    python -m extras.gpu parity                    # a stage alone: the logits beside those of transformers
+    python -m extras.gpu profile                   # a stage alone: where the time of a training step goes
+
+The stages are processes with a time limit each: the tests; parity; training and decoding beside transformers + peft, of
+SmolLM2-135M and of a Llama of 1B; a profile; HatLLM against the plain LLM, a seed at a time, while time is left. One
+that fails is noted, and the others go on. --out holds gpu.md to read, gpu.json with all numbers, logs/, and what is
+large: models/, ablate/. Where there are no weights of smollm2-135m, random ones of its shape stand in: speed is the
+same, and the last stages train `tiny` from scratch. No network is needed.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+
+import data
+import train
+from eval import Parser, device_and_dtype, number, parse_flags, run
+from extras import bench
+from hatllm import PLAN, InputError, layout
+from model import Config, Llama, read_json, save, write_json
+
+SHAPES = {  # of random weights
+    "random-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                        num_key_value_heads=3, vocab_size=49152),  # SmolLM2-135M
+    "random-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                      num_key_value_heads=8, vocab_size=128256),  # Llama-3.2-1B
+    "random-toy": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=4352),
+}  # fmt: skip
+CARD = {  # flags that fill a card of 80 GB
+    "tests": "",
+    "random-135m": "--dtype bfloat16 --batch 256 --tokens 20480",
+    "random-1b": "--dtype bfloat16 --batch 64 --tokens 4096",
+    "decode": "--users 32 --beams 20 --score trie",
+    "plans": "--lora 0 --targets all --batch 64 --tokens 20480 --max_steps 800 --eval_every 400",
+}
+TOY = {  # flags that take no time
+    "tests": "tests/test_hatllm.py::test_drawing",
+    "random-toy": "--dtype float32 --batch 4 --tokens 512 --rounds 2",
+    "decode": "--users 2 --beams 2 --score trie",
+    "plans": "--lora 0 --targets all --batch 4 --max_steps 2 --eval_every 2 --eval_limit 4 --dtype float32",
+}
+SEEDS = 3  # of the plans
+GRACE = 30  # seconds to save a checkpoint in when the time is up
+LINES = 30  # of a log that gpu.md shows, at most
+
+
+# --- The stages -------------------------------------------------------------------------------------------------------
+
+
+def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, list]]:
+    """(name, seconds at most, what follows python -m). models: a name in SHAPES -> the folder of such a model; real:
+    the first has true weights."""
+    flags = {name: text.split() for name, text in (TOY if args.toy else CARD).items()}
+    first = next(iter(models.values()))
+    own = ["--data", args.data, "--model", first, *["--toy"] * args.toy]
+    out = [("tests", 240, ["pytest", "-q", "-rfE", *flags["tests"]]), ("parity", 90, ["extras.gpu", "parity", *own])]
+    for shape, folder in models.items():
+        same = ["--data", args.data, "--model", folder, *flags[shape]]
+        for kind, rank in (("LoRA", 8), ("full", 0)):
+            out.append((f"train {folder.name}, {kind}", 120, ["extras.bench", "train", *same, "--lora", rank]))
+        out.append((f"decode {folder.name}", 120, ["extras.bench", "decode", *same, *flags["decode"]]))
+    out.append(("profile", 60, ["extras.gpu", "profile", *own]))
+    same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
+    same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
+    for seed in range(1 if args.toy else SEEDS):
+        out.append((f"plans, seed {seed}", 1e9, ["extras.ablate", "run", *same, "--seeds", seed]))
+    return out
+
+
+def find_models(args) -> tuple[dict[str, Path], bool]:
+    """What `stages` needs. Models that are not there are made."""
+    places = [Path(args.model), Path(os.environ.get("HATLLM_WEIGHTS", "weights")) / args.model]
+    base = None if args.toy else next((p for p in places if any(p.glob("*.safetensors"))), None)
+    if not (base or args.toy or args.model == "smollm2-135m"):
+        raise InputError(f"--model {args.model}: no *.safetensors in {places[0]} or {places[1]}")
+    shapes = ["random-toy"] if args.toy else ["random-135m", "random-1b"]
+    found = {shape: Path(args.out) / "models" / shape for shape in shapes} | ({shapes[0]: base} if base else {})
+    tokenizer = data.read_tokenizer(base) if base else data.train_tokenizer(data.load(args.data).titles)
+    for shape, folder in found.items():
+        if not folder.exists():
+            make_model(folder, SHAPES[shape], tokenizer)
+    gc.collect()  # a model refers to itself, and the stages need the memory
+    torch.cuda.empty_cache()
+    return found, base is not None
+
+
+def make_model(folder: Path, shape: dict, tokenizer: data.Tokenizer):
+    torch.manual_seed(0)
+    with device_and_dtype("float32", True)[0]:  # a GPU draws a billion numbers at once
+        model = Llama(Config(**shape, eos_token_id=0)).init_weights().to(torch.bfloat16)
+
+    def write(place: Path):
+        save(model, place)
+        tokenizer.save(str(place / "tokenizer.json"))
+        write_json(place / "source.json", {"holds": "random weights"})
+
+    train.write_folder(folder, write)
+
+
+def call(command: list[str], seconds: float, log: Path) -> int | None:
+    """A process that writes to log -> its exit status, or None if its time was up: it is asked to stop, as by Ctrl-C,
+    and is made to GRACE later."""
+    with open(log, "w") as file:
+        p = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return p.wait(seconds)
+    except subprocess.TimeoutExpired:
+        p.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            p.wait(GRACE)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it, and what it started
+            os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+
+
+def run_stage(command: list[str], seconds: float, log: Path) -> dict:
+    """What gpu.json keeps of a stage."""
+    start = time.time()
+    status = call([sys.executable, "-m", *command], seconds, log)
+    seconds, lines = time.time() - start, log.read_text("utf-8", "replace").splitlines()
+    if command[0] == "pytest":
+        result, status = count_tests(lines), 0 if status == 1 else status  # 1: some failed, which is a result
+    else:
+        result = next((json.loads(x) for x in reversed(lines) if x.startswith("{")), None) if status == 0 else None
+    head = bench.here() | {"state": "out of time" if status is None else "failed" if status else "done"}
+    last = [line for line in lines if not line.startswith("{")][-LINES:]
+    return head | {"seconds": seconds, "command": command, "result": result, "last lines": last}
+
+
+def count_tests(lines: list[str]) -> dict:
+    """pytest's output -> {"passed": 3, "failed": 1, .., "failures": [name, ..]}."""
+    ends = [re.findall(r"(\d+) (passed|failed|skipped|error)", x) for x in lines if re.search(r" in [\d.]+s", x)]
+    names = [re.fullmatch(r"(?:FAILED|ERROR) (.+?)(?: - .*)?", x) for x in lines]
+    return {name: int(n) for n, name in (ends or [[]])[-1]} | {"failures": [m[1] for m in names if m]}
+
+
+def run_all(args):
+    """The stages that are not done yet."""
+    out, end = Path(args.out), time.time() + 60 * args.minutes - GRACE
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    done = read_json(out / "gpu.json") if (out / "gpu.json").exists() else {}
+    for name, most, command in stages(args, *find_models(args)):
+        command, left = [str(word) for word in command], end - time.time()
+        if name in done and (done[name]["state"], done[name]["command"]) == ("done", command):
+            print(f"{name}: done already", flush=True)
+        elif left < 1:
+            print(f"{name}: no time is left; the same command goes on from here", flush=True)
+        else:
+            done[name] = run_stage(command, min(most, left), out / "logs" / f"{train.slug(name)}.txt")
+            print(f"{name}: {done[name]['state']}, {done[name]['seconds']:.0f} s", flush=True)
+            write_json(out / "gpu.json", done)
+            (out / "gpu.md").write_text(markdown(done), "utf-8")
+
+
+def markdown(done: dict) -> str:
+    text = "| stage | | seconds |\n|---|---|---|\n"
+    text += "".join(f"| {name} | {s['state']} | {s['seconds']:.0f} |\n" for name, s in done.items())
+    for name, s in done.items():
+        text += f"\n## {name}: {s['state']}\n\n{s['machine']}, torch {s['torch']}, {s['date']}\n\n```\n"
+        text += "\n".join([f"$ python -m {shlex.join(s['command'])}", *s["last lines"], "```", ""])
+    return text
+
+
+# --- parity, profile --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def parity(args) -> dict:
+    """Logits of real prompts by this Llama and by transformers'. fp32: within 1e-4. bf16: the mean distance to one's
+    own logits in fp32 is at most 1.5 times theirs."""
+    result, exact = {}, []
+    for dtype in ("float32", "bfloat16"):
+        flags = ["decode", "--data", args.data, "--model", args.model, "--dtype", dtype]
+        r, (tokens, item, _), head = bench.set_up(bench.make_parser().parse_args(flags))
+        there, theirs = item >= 0, bench.transformers_model(r.model)
+        ours = r.model.logits(r.model(tokens, layout(item))[there])  # (R, V) after all tokens of all prompts
+        other = theirs(input_ids=tokens, attention_mask=there.long(), use_cache=False).logits[there].float()
+        exact = exact or [ours, other]
+        gap = float((ours - other).abs().max())
+        lost = [float((a - b).abs().mean()) for a, b in zip((ours, other), exact, strict=True)]
+        within = gap < 1e-4 if dtype == "float32" else lost[0] <= 1.5 * lost[1]
+        result[dtype] = {"gap": gap, "ours to fp32": lost[0], "theirs to fp32": lost[1], "within": within}
+        print(f"{dtype}: gap {gap:.2g}, mean distance to fp32 {lost[0]:.2g}, theirs {lost[1]:.2g}; within: {within}")
+    return head | result
+
+
+def profile(args) -> dict:
+    """A training step of the plans: its seconds; idle, the share of them in which the device runs no kernel (None on a
+    CPU); the kernels, or on a CPU the operations, that take longest."""
+    flags = ["--data", args.data, "--model", args.model, *(TOY if args.toy else CARD)["plans"].split()]
+    r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
+    r.model.train()
+    batch, gpu = train.get_batch(r, 0), r.device.type == "cuda"
+    seconds = [bench.measure(train.update, r, 0, batch, 1e-5)[1] for _ in range(5)]
+    usual = statistics.median(seconds[2:])  # without the profiler, which slows the CPU down
+    asked = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[asked.CPU, asked.CUDA] if gpu else [asked.CPU]) as p:
+        bench.measure(train.update, r, 0, batch, 1e-5)
+    kind, name = (DeviceType.CUDA, "self_device_time_total") if gpu else (DeviceType.CPU, "self_cpu_time_total")
+    events = [e for e in p.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    top = [{"name": e.key[:90], "ms": getattr(e, name) / 1000, "calls": e.count} for e in events]
+    idle = max(0.0, 1 - sum(e["ms"] for e in top) / 1000 / usual) if gpu and top else None
+    top = sorted(top, key=lambda e: -e["ms"])[:15]
+    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s" + ("" if idle is None else f", {idle:.0%} idle"))
+    print("\n".join(f"{e['ms']:9.2f} ms  {e['calls']:5} x  {e['name']}" for e in top))
+    return bench.here() | {"seconds": usual, "tokens": batch.tokens, "idle": idle, "top": top}
+
+
+def make_parser() -> Parser:
+    p = Parser(description=__doc__)
+    add = p.add_argument
+    add("stage", nargs="?", default="all", choices=("all", "parity", "profile"))
+    add("--out", default="out/gpu", help="folder of all that is found (default: %(default)s)")
+    add("--minutes", type=number(float, 0, 10**6), default=15.0, help="in all (default: 15)")
+    add("--data", default="beauty", help="a preset or a folder (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="a name or a Hugging Face Llama folder (default: %(default)s)")
+    add("--toy", action="store_true", help="a tiny random model and a few steps, to try the command out")
+    return p
+
+
+def main(argv: list[str]):
+    args = parse_flags(make_parser(), argv)
+    if args.stage == "all":
+        return run_all(args)
+    try:
+        print(json.dumps({"parity": parity, "profile": profile}[args.stage](args)))
+    except ModuleNotFoundError as e:
+        raise InputError(f"{args.stage} compares with {e.name}: pip install -r requirements-dev.txt") from None
+
+
+if __name__ == "__main__":
+    run(main)
