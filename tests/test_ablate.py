@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PLANS, refuses, spread, tiny_model
+from conftest import PLANS, REPO, refuses, spread, tiny_model
 from test_hatllm import may_look
 from torch.testing import assert_close
 
@@ -26,6 +26,7 @@ from hatllm import TARGET, InputError, layout
 from model import Config, Llama, load, read_json, rope, save, write_json
 
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+TINY = train.TINY
 STEPS = "--max_steps 4 --eval_every 2 --batch 8 --core 0 --dtype float32".split()
 
 
@@ -246,6 +247,19 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
     files[0].write_text("<<<<<<< " + files[0].read_text())
     with refuses(files[0], "cannot be read"):
         tables(kept)
+
+
+def test_the_table_of_the_docs(tmp_path, monkeypatch):
+    """It is what the kept runs give, and their windows give what eval.py reported."""
+    monkeypatch.setattr(train, "TINY", TINY)  # the title names what differs from train.py
+    for file in (REPO / "docs/runs").glob("*.run.json"):
+        shutil.copy(file, tmp_path)
+        found, want = ablate.read_run(file, 0, np.inf), read_json(file)["results"]
+        assert found["metrics"] == pytest.approx({k: want.get(k, v) for k, v in found["metrics"].items()}, abs=1e-6)
+        assert len(found["nll"]) == want["n"]
+    tables(tmp_path)
+    same = (tmp_path / "table.md").read_text() == (REPO / "docs/runs/table.md").read_text()
+    assert same, "python -m extras.ablate table --out docs/runs makes it anew"
 
 
 def test_interval_by_hand():
