@@ -523,7 +523,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
         return
     result = report(d, windows, *positions(predictions)) | {"dropped": dropped}
     result |= {name: float(np.mean([p[name] for p in predictions])) for name in ("nll", "exact")} | {"users/s": speed}
-    rows = {"popularity": metrics(*popularity(d, windows, candidate)), "model": result}
+    popular = popularity(d, windows, candidate)
+    rows = {"popularity": metrics(*popular), "model": result}
     if ranked:
         won, before, ties = np.array(ranked).T
         result["auc"] = float(won.mean())
@@ -531,6 +532,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
             rows["model, full ranking"] = result["full ranking"] = metrics(before, ties)
             ranks = [{"before": int(b), "ties": int(t)} for b, t in zip(before, ties, strict=True)]
             predictions = [p | rank for p, rank in zip(predictions, ranks, strict=True)]
+    seen, places = d.counts[[w.target for w in windows]].tolist(), np.stack(popular, 1).tolist()
+    predictions = [p | {"seen": n, "popularity": at} for p, n, at in zip(predictions, seen, places, strict=True)]
     name = f"{args.split}{tag(args, (d.ids, d.titles, candidate.tolist()))}"
     write_json(out / f"predictions-{name}.jsonl", predictions)
     saved = {"model": result, "popularity": rows["popularity"], "flags": vars(args), "base": base_source}

@@ -3,6 +3,8 @@
     python -m extras.ablate run --data books,office --seeds 0,1,2 --max_steps 800   # every plan; ends with the table
     python -m extras.ablate run --data beauty --model smollm2-135m --plans "OR;IN:1/4 OR CR:1/4"
     python -m extras.ablate table --out out/ablate --seen 0 0    # again, of targets that never occur in training alone
+    python -m extras.ablate keep out/ablate/books-* --note "commit 1a2b3c4, an A100, 2026-12-01"    # into docs/runs
+    python -m extras.ablate table --out docs/runs    # the same table from what is kept; runs and data may be gone
     python -m extras.ablate attention --out out/ablate/books-OR-s0 --plot looks.png
     python -m extras.ablate attention --out out/shop --recommend "title a" "title b"    # what a recommendation looks at
     python -m extras.ablate curves --out out/ablate --plot curves.png
@@ -12,7 +14,10 @@ rest. Several GPUs: start it on each, with other --seeds or --data and the same 
 """
 
 import argparse
+import base64
+import bz2
 import gc
+import hashlib
 import json
 import sys
 import traceback
@@ -104,7 +109,7 @@ def run_all(args, theirs: list[str]) -> bool:
     return True
 
 
-# --- table: the plans against the plain LLM ---------------------------------------------------------------------------
+# --- keep, table: the plans against the plain LLM, and what outlasts the machine --------------------------------------
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -112,34 +117,71 @@ def read_lines(path: Path) -> list[dict]:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
-    needed = ("step", *LEARNT) if path.name == "metrics.jsonl" else ("user", "target", "items", "scores", "nll")
+    predicted = ("user", "target", "items", "scores", "nll", "seen", "popularity")
+    needed = ("step", *LEARNT) if path.name == "metrics.jsonl" else predicted
     if not lines or not all(isinstance(line, dict) and line.keys() >= set(needed) for line in lines):
-        raise InputError(f"{path}: damaged; each line, and there is one at least, has {', '.join(needed)}")
+        raise InputError(f"{path}: damaged or old (eval.py writes predictions anew); each line has {', '.join(needed)}")
     return lines
+
+
+def record(place: Path, note: str = "") -> dict:
+    """All that the table needs of the finished run in place, in some 50 KB: without ids, titles and folders of the
+    machine. Columns are of the test windows; text compresses as well as binary numbers of the same precision."""
+    c = read_json(place / "config.json", {"constants": dict})
+    predictions = read_lines(tested(place, c, "predictions.jsonl"))
+    windows, (before, ties) = [(p["user"], p["target"]) for p in predictions], eval.positions(predictions)
+    columns = {
+        "user": np.unique([user for user, _ in windows], return_inverse=True)[1].tolist(),  # numbered
+        "popularity": [(p["seen"], *p["popularity"]) for p in predictions],  # times in training, before, ties
+        "before": np.minimum(before, 255).astype(int).tolist(),  # 255 where the target is not listed
+        "ties": ties.astype(int).tolist(),
+        "nll": [round(p["nll"], 4) for p in predictions],  # as many digits as the table has
+    }
+    return {
+        "note": note,
+        "config": {k: Path(v).name if str(v).startswith("/") else v for k, v in c.items()},
+        "log": read_lines(place / "metrics.jsonl"),
+        "results": read_json(tested(place, c, "results.json"), {"model": dict})["model"],
+        "windows": hashlib.sha256(repr(windows).encode()).hexdigest()[:16],
+        "by_window": base64.b64encode(bz2.compress(json.dumps(columns).encode())).decode(),
+    }
+
+
+def keep(args):
+    for place in map(Path, args.runs):
+        path = Path(args.to) / f"{place.resolve().name}.run.json"
+        if not finished(place) or path.exists():
+            raise InputError(f"{path} exists" if path.exists() else f"{place}: no finished run of train.py is there")
+        write_json(path, record(place, args.note))
+        print(f"{path}, {path.stat().st_size:,} bytes")
 
 
 def setting(c: dict) -> str:
     """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
     free = "data model plan seed out tokens compile resume overwrite".split()
     usual = vars(train.resolve(train.make_parser().parse_args([f"--model={c['model']}"])))
-    flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c[k] != v]
+    # a run may be older than a flag
+    flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]
     now = {k: getattr(train, k, getattr(data, k, None)) for k in c["constants"]}
     edited = [f"{k} = {v}" for k, v in c["constants"].items() if v != json.loads(json.dumps(now[k]))]
     source = [f"({c['base_source']})"] if c["base_source"] != c["base"] else []  # it may be another than its name says
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
 
 
-def read_run(place: Path, c: dict, items: set[str] | None) -> dict:
-    """What the table needs of a run, of the windows whose target is in items."""
-    predictions = read_lines(tested(place, c, "predictions.jsonl"))
-    predictions = [p for p in predictions if items is None or p["target"] in items]
-    if not predictions:
+def read_run(place: Path, least: float, most: float) -> dict:
+    """What the table needs of a folder or a record, of the windows whose target occurs so often in training."""
+    r = record(place) if place.is_dir() else read_json(place, {"config": dict, "log": list, "by_window": str})
+    columns = json.loads(bz2.decompress(base64.b64decode(r["by_window"])))
+    w = {name: np.array(values) for name, values in columns.items()}
+    some = (w["popularity"][:, 0] >= least) & (w["popularity"][:, 0] <= most)
+    if not some.any():
         raise InputError(f"--seen: {place} has no test window with such a target")
-    at, nll = eval.positions(predictions), np.array([p["nll"] for p in predictions])
-    best = max(read_lines(place / "metrics.jsonl"), key=train.merit)
+    w = {name: values[some] for name, values in w.items()}
+    at, best = (w["before"], w["ties"]), max(r["log"], key=train.merit)
     valid = {name: best[name] for name in ("valid_NDCG@10", "valid_nll")}
-    own = c | {"place": place, "windows": [(p["user"], p["target"]) for p in predictions]}
-    return own | {"NDCG@10": eval.gains(*at, 10), "nll": nll, "metrics": metrics(*at) | {"nll": nll.mean()} | valid}
+    own = {"place": place, "note": r["note"], "windows": r["windows"], "user": w["user"], "nll": w["nll"]}
+    own |= {"NDCG@10": eval.gains(*at, 10), "popularity": metrics(*w["popularity"][:, 1:].T)}
+    return r["config"] | own | {"metrics": metrics(*at) | {"nll": w["nll"].mean()} | valid}
 
 
 def over_seeds(runs: list[dict]) -> dict:
@@ -148,7 +190,7 @@ def over_seeds(runs: list[dict]) -> dict:
     return {k: {"mean": v.mean(), "std": v.std(ddof=1) if len(v) > 1 else None} for k, v in values.items()}
 
 
-def interval(difference: np.ndarray, users: list[str], resamples: int = 2000) -> list[float]:
+def interval(difference: np.ndarray, users: np.ndarray, resamples: int = 2000) -> list[float]:
     """95% bootstrap interval of the mean of difference (N,), over users: the windows of a user resemble each other."""
     at = np.unique(users, return_inverse=True)[1]
     total, n = np.bincount(at, difference), np.bincount(at)
@@ -166,13 +208,14 @@ def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
     if not pairs:
         return None
     difference = np.mean([a[name] - b[name] for a, b in pairs], 0)  # (N,)
-    low, high = interval(difference, [user for user, _ in pairs[0][0]["windows"]])
+    low, high = interval(difference, pairs[0][0]["user"])
     return {"mean": difference.mean(), "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
 
 
-def rows_of(runs: list[dict], c: dict, popular: dict, out: Path) -> list[dict]:
+def rows_of(runs: list[dict], out: Path) -> list[dict]:
     """Popularity, SASRec if extras/sasrec.py tried it on this split, then the plans in the order of PLANS."""
-    rows, n = [{"name": "popularity", "seeds": [], "metrics": over_seeds([popular])}], len(runs[0]["windows"])
+    c, n = runs[0], len(runs[0]["nll"])
+    rows = [{"name": "popularity", "seeds": [], "metrics": over_seeds([c["popularity"]])}]
     name = f"baselines-{Path(c['data']).name}-{c['split']}*.json"
     for b in [read_json(path) for folder in (out, out.parent) for path in folder.glob(name)]:
         if b.get("digest") == c["digest"]:
@@ -189,9 +232,10 @@ def rows_of(runs: list[dict], c: dict, popular: dict, out: Path) -> list[dict]:
     return rows
 
 
-def markdown(title: str, n: int, rows: list[dict]) -> str:
+def markdown(title: str, notes: list[str], n: int, rows: list[dict]) -> str:
     head = ["plan", "seeds", *COLUMNS, *(f"{name} - all-OR" for name in PAIRED)]
-    lines = [f"## {title}\n\n{n:,} test windows\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    notes = "".join(f"; {note}" for note in notes)
+    lines = [f"## {title}\n\n{n:,} test windows{notes}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
         for v in (r["metrics"].get(name) for name in COLUMNS):
@@ -204,26 +248,21 @@ def markdown(title: str, n: int, rows: list[dict]) -> str:
 
 
 def make_table(args):
+    """Of the finished runs in a folder, and of the records there."""
     out, groups, made = Path(args.out), {}, []
-    for place in sorted(p.parent for p in out.glob("*/metrics.jsonl") if p.parent.suffix != ".replaced"):
-        c = read_json(place / "config.json", {"constants": dict})
-        if finished(place):
-            groups.setdefault((setting(c), c["digest"], c["base_digest"]), []).append((place, c))
+    least, most = args.seen or (0, np.inf)
+    places = [p.parent for p in out.glob("*/metrics.jsonl") if p.parent.suffix != ".replaced" and finished(p.parent)]
+    for place in sorted([*places, *out.glob("*.run.json")]):
+        r = read_run(place, least, most)
+        groups.setdefault((setting(r), r["digest"], r["base_digest"]), []).append(r)
     if not groups:
         raise InputError(f"--out {out}: no finished run is there; `python -m extras.ablate run` makes them")
-    for (title, *_), own in sorted(groups.items()):
-        (place, c), items = own[0], None
-        popular = read_json(tested(place, c, "results.json"), {"popularity": dict})["popularity"]
-        if args.seen:
-            d, (least, most) = eval.load_data(place, c), args.seen
-            items = {x for x, n in zip(d.ids, d.counts, strict=True) if least <= n <= most}
-            test = d.test[: c["eval_limit"] or None]
-            popular = metrics(*eval.popularity(d, [w for w in test if d.ids[w.target] in items]))
-            title += f", targets that occur {least} to {most} times in training"
-        if len({(c["plan"], c["seed"]) for _, c in own}) < len(own):
+    for (title, *_), runs in sorted(groups.items()):
+        title += f", targets that occur {least} to {most} times in training" if args.seen else ""
+        if len({(r["plan"], r["seed"]) for r in runs}) < len(runs):
             raise InputError(f"--out {out} holds a plan and a seed twice; move one of the runs away: {title}")
-        runs = sorted((read_run(place, c, items) for place, c in own), key=lambda r: r["seed"])
-        made.append({"setting": title, "n": len(runs[0]["windows"]), "rows": rows_of(runs, c, popular, out)})
+        runs, notes = sorted(runs, key=lambda r: r["seed"]), sorted({r["note"] for r in runs} - {""})
+        made.append({"setting": title, "notes": notes, "n": len(runs[0]["nll"]), "rows": rows_of(runs, out)})
     text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
     (out / "table.md").write_text(text + "\n", "utf-8")
     write_json(out / "table.json", {"tables": made})
@@ -378,8 +417,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--plans", default=";".join(PLANS), help="separated by semicolons (default: %(default)s)")
     add("--seeds", default="0", help="separated by commas (default: %(default)s)")
     add("--out", default="out/ablate", help="folder of the runs and the table; other flags are those of train.py")
+    add = commands.add_parser("keep", help="finished runs as small files").add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a finished run of train.py")
+    add("--note", required=True, help="what the run does not know: commit, machine, date; it stands in the table")
+    add("--to", default="docs/runs", help="folder for RUN.run.json (default: %(default)s)")
     add = commands.add_parser("table", help="the plans against the plain LLM").add_argument
-    add("--out", default="out/ablate", help="folder of the runs; baselines-*.json are looked for in it and beside it")
+    add(
+        "--out",
+        default="out/ablate",
+        help="folder of runs, or of what is kept; baselines-*.json are in it or beside it",
+    )
     add("--seen", nargs=2, type=count, metavar=("LEAST", "MOST"), help="only targets so often in training: 0 0, 1 4")
     looking = commands.add_parser("attention", help="where a model looks, layer by layer")
     add = looking.add_argument
@@ -402,7 +449,7 @@ def main(argv: list[str]) -> bool:
     args, theirs = make_parser().parse_known_args(argv)
     if args.command == "run":
         return run_all(args, theirs)
-    show = {"table": make_table, "attention": show_attention, "curves": show_curves}
+    show = {"keep": keep, "table": make_table, "attention": show_attention, "curves": show_curves}
     show[args.command](parse_flags(make_parser(), argv))
     return True
 

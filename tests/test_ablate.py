@@ -1,16 +1,19 @@
 """extras/ablate.py: what is run, and what is not run again; the table and attention against what they mean."""
 
+import base64
+import bz2
 import itertools
 import random
 import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PLANS, refuses, spread, tiny_model
+from conftest import PLANS, REPO, refuses, spread, tiny_model
 from test_hatllm import may_look
 from torch.testing import assert_close
 
@@ -23,6 +26,7 @@ from hatllm import TARGET, InputError, layout
 from model import Config, Llama, load, read_json, rope, save, write_json
 
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+TINY = train.TINY
 STEPS = "--max_steps 4 --eval_every 2 --batch 8 --core 0 --dtype float32".split()
 
 
@@ -116,16 +120,19 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[str, str]], flags=""
     config = vars(train.resolve(train.make_parser().parse_args(argv))) | {"base": "", "base_source": "", "steps": 7}
     config |= {"digest": "d", "base_digest": "", "constants": {"TAU": train.TAU, "PROMPT": [*data.PROMPT]}} | more
     items, nll = [[f"i{i}" for i in rng.permutation(25)[:12]] for _ in windows], rng.random(len(windows)) * 9
+    seen = [n % 7 for n in range(25)]  # how often i0, i1 ... occur in training
+    popular = {f"i{i}": (n, sum(m > n for m in seen), seen.count(n)) for i, n in enumerate(seen)}
     lines = zip(windows, items, nll, strict=True)
     lines = [{"user": u, "target": t, "items": [[i] for i in x], "nll": v} for (u, t), x, v in lines]
+    lines = [x | {"seen": popular[x["target"]][0], "popularity": popular[x["target"]][1:]} for x in lines]
     place.mkdir(parents=True)
     write_json(place / "predictions-test.jsonl", [x | {"scores": [*range(12, 0, -1)]} for x in lines])
     log = [{"step": 5 + i, "loss": 1.0, "valid_nll": 5.0 + x + seed} for i, x in enumerate((1, 0, 2))]
     write_json(place / "metrics.jsonl", [line | {"valid_NDCG@10": 0.1} for line in log])
     write_json(place / "config.json", config)
-    write_json(place / "results-test.json", {"popularity": dict.fromkeys(NAMES, 0.125)})
+    write_json(place / "results-test.json", {"model": {}})
     ndcg = [1 / np.log2(2 + x.index(t)) if t in x[:10] else 0 for (_, t), x in zip(windows, items, strict=True)]
-    return np.array([ndcg, nll])
+    return np.array([ndcg, nll.round(4)])
 
 
 def test_table_by_hand(tmp_path):
@@ -154,6 +161,8 @@ def test_table_by_hand(tmp_path):
         found = rows["IN OR:1"]["difference"][name]
         assert [found["mean"], found["low"], found["high"]] == pytest.approx([difference.mean(), low, high])
         assert found["seeds"] == [0, 1] and f"| {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] |" in text
+    own = [{6: 1, 5: 2 / 3}.get(int(t[1:]) % 7, 0) for _, t in windows]  # 3 items occur 6 times, 3 occur 5 times
+    assert rows["popularity"]["metrics"]["HR@5"]["mean"] == pytest.approx(np.mean(own))
 
 
 def test_other_settings_get_a_table_of_their_own(tmp_path):
@@ -199,12 +208,58 @@ def test_table_of_trained_runs(runs):
         own = [p for p in predictions if low <= n[p["target"]] <= high]
         (made,) = tables(runs, "--seen", str(low), str(high))
         assert made["n"] == len(own) > 0 and f"targets that occur {low} to {high} times" in made["setting"]
-        assert made["rows"][1]["metrics"]["nll"]["mean"] == pytest.approx(np.mean([p["nll"] for p in own]))
+        assert made["rows"][1]["metrics"]["nll"]["mean"] == pytest.approx(np.mean([p["nll"] for p in own]), abs=5e-5)
         more, same = (np.array([f([*n.values()], n[p["target"]]).sum() for p in own]) for f in (np.greater, np.equal))
         want = np.clip((10 - more) / same, 0, 1).mean()
         assert made["rows"][0]["metrics"]["HR@10"]["mean"] == pytest.approx(want)
     with refuses("no test window"):
         tables(runs, "--seen", "999", "999")
+
+
+def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
+    """Each digit, where runs and data are out of reach; nothing of the machine, of users and of items is in it."""
+    kept, places = tmp_path / "kept", [runs / f"shop-{name}-s0" for name in ("OR", "IN1_CR1")]
+    kept.mkdir()
+    argv = ["keep", *map(str, places), "--to", str(kept), "--note", "commit 1a2b3c4, a laptop"]
+    assert ablate.main(argv)
+    files = sorted(kept.iterdir())
+    assert [file.name for file in files] == ["shop-IN1_CR1-s0.run.json", "shop-OR-s0.run.json"]
+    least = min(p["seen"] for p in read_lines(places[0] / "predictions-test.jsonl"))
+    for more in ([], ["--seen", "0", str(least)], ["--seen", str(least + 1), "99"]):
+        made = tables(kept, *more)
+        assert made[0].pop("notes") == ["commit 1a2b3c4, a laptop"]
+        want = tables(runs, *more)
+        assert want[0].pop("notes") == [] and made == want
+        text = (kept / "table.md").read_text()
+        assert text.replace("; commit 1a2b3c4, a laptop", "") == (runs / "table.md").read_text()
+    for file in files:
+        r, c = read_json(file), read_json(runs / file.name.removesuffix(".run.json") / "config.json")
+        assert r["config"] == c | {k: Path(c[k]).name for k in ("data", "data_folder", "out")}
+        text = bz2.decompress(base64.b64decode(r.pop("by_window"))).decode() + str(r)
+        assert file.stat().st_size < 8000 and not re.search(rf"[ui]\d|red|blue|{shop.parent}|{runs}", text)
+    with refuses("shop-OR-s0.run.json exists"):
+        ablate.main(argv)
+    with refuses(f"{tmp_path}: no finished run"):
+        ablate.main(["keep", str(tmp_path), "--note", ""])
+    write_json(files[0], read_json(files[0]) | {"windows": "others"})
+    with refuses("different windows", *files):
+        tables(kept)
+    files[0].write_text("<<<<<<< " + files[0].read_text())
+    with refuses(files[0], "cannot be read"):
+        tables(kept)
+
+
+def test_the_table_of_the_docs(tmp_path, monkeypatch):
+    """It is what the kept runs give, and their windows give what eval.py reported."""
+    monkeypatch.setattr(train, "TINY", TINY)  # the title names what differs from train.py
+    for file in (REPO / "docs/runs").glob("*.run.json"):
+        shutil.copy(file, tmp_path)
+        found, want = ablate.read_run(file, 0, np.inf), read_json(file)["results"]
+        assert found["metrics"] == pytest.approx({k: want.get(k, v) for k, v in found["metrics"].items()}, abs=1e-6)
+        assert len(found["nll"]) == want["n"]
+    tables(tmp_path)
+    same = (tmp_path / "table.md").read_text() == (REPO / "docs/runs/table.md").read_text()
+    assert same, "python -m extras.ablate table --out docs/runs makes it anew"
 
 
 def test_interval_by_hand():

@@ -292,6 +292,8 @@ def test_main_writes_what_it_prints(made, capsys, more, file):
     assert [(p["user"], p["target"]) for p in found] == [(w.user, d.ids[w.target]) for w in windows]
     again = ev.metrics(*ev.positions(found))
     assert {m: result[m] for m in again} == again and saved["popularity"] == ev.metrics(*ev.popularity(d, windows))
+    assert saved["popularity"] == ev.metrics(*np.array([p["popularity"] for p in found]).T)
+    assert [p["seen"] for p in found] == [sum(s.count(w.target) for s in d.sequences) for w in windows]
     line = next(x for x in shown.splitlines() if x.startswith("model"))
     assert line.split()[-6:] == [f"{result[m]:.4f}" for m in ev.NAMES]
     assert 0 < result["nll"] == pytest.approx(np.mean([p["nll"] for p in found]))
