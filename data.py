@@ -562,12 +562,11 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """A copy on device, without waiting for it where that is a GPU."""
-        gpu = torch.device(device).type == "cuda"
-        copies = (
-            v if v is None else (v.pin_memory() if gpu else v).to(device, non_blocking=True)
-            for v in vars(self).values()
-        )
-        return Batch(*copies)
+        if torch.device(device).type != "cuda":
+            return Batch(*(v if v is None else v.to(device) for v in vars(self).values()))
+        with torch.cuda.device(device):  # a thread begins with another one
+            pinned = (v if v is None else v.pin_memory() for v in vars(self).values())
+            return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in pinned))
 
 
 def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:

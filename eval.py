@@ -42,7 +42,7 @@ from model import Llama, adapters, check_type, load, load_lora, merge_lora, read
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
 NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
-SEEN = ((0, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
+SEEN = ((0, 0), (1, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
 USERS = 4096  # histories of a file that are in memory at a time
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
@@ -88,7 +88,10 @@ def popularity(d: Dataset, windows: list[Window], candidates=slice(None)) -> tup
 def report(d: Dataset, windows: list[Window], before: np.ndarray, ties: np.ndarray) -> dict:
     """Metrics of all windows and of slices: how often the target occurs in training, how long the history is."""
     seen, length = d.counts[[w.target for w in windows]], np.array([len(w.history) for w in windows])
-    slices = {f"target seen {a}-{b} times".replace("-inf", "+"): (seen >= a) & (seen <= b) for a, b in SEEN}
+    slices = {
+        f"target seen {a}-{b} times".replace("-inf", "+").replace("0-0", "0"): (seen >= a) & (seen <= b)
+        for a, b in SEEN
+    }
     slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
     slices = {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
     return {"n": len(before)} | metrics(before, ties) | {"slices": slices}
@@ -200,8 +203,10 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast
         dtype = "bfloat16" if fast else "float32"
-    if dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32: exact for numbers out of bfloat16
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # with its number, for threads
+        # TF32 for what stays in fp32, as the head's product: exact for numbers out of bfloat16
+        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     return device, getattr(torch, dtype)
 
 
