@@ -104,7 +104,7 @@ def test_report_slices_add_up():
         assert all(sum(s["n"] * s[m] for s in parts) / 4 == pytest.approx(r[m]) for m in ("HR@10", "NDCG@5"))
     many = Dataset(Path("x"), IDS, TITLES, TITLES, *[WINDOWS] * 3, [[5] * 20 + [0] * 19 + [8] * 4])
     assert {n: s["n"] for n, s in ev.report(many, WINDOWS, *at)["slices"].items()} == {
-        "target seen 0 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2,
+        "target seen 1-4 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2,
         "history of 1-4 items": 3, "history of 5+ items": 1}  # fmt: skip
 
 
