@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,7 @@ TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the colum
 csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
 STRIDE = 5  # --targets all: a history longer than HISTORY is cut into chunks that start every STRIDE items
+TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
 TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
 TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
@@ -118,6 +120,9 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
         if row["user_id"] in users:
             raise InputError(f"{where}: user {row['user_id']} stands in the file already; one line a user")
         users[row["user_id"]] = list(zip(items, times, strict=True))
+        if TIES == "shuffled":
+            random.Random(row["user_id"]).shuffle(users[row["user_id"]])
+            users[row["user_id"]].sort(key=lambda pair: pair[1])  # stable: what is equal stays shuffled
     return users
 
 

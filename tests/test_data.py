@@ -163,6 +163,20 @@ def test_leave_one_out(seed):
     assert [w[:3] for w in parts["train"]] == ends and learnt == [s[:-2] for _, s in long]
 
 
+def test_ties_as_in_the_file_or_shuffled(tmp_path, monkeypatch):
+    """Only items of equal time change places; in which way is up to the user's id alone, not to the other lines."""
+    times = [0.0] * 20 + [1.0] + [2.0] * 20
+    lines = [f"u{u}\t{' '.join(map(str, range(41)))}\t{' '.join(map(str, times))}\n" for u in range(3)]
+    index, header = {str(i): i for i in range(41)}, "user_id\titem_ids\ttimes\n"
+    filed = data.read_sequences(write(tmp_path, sequences=header + "".join(lines)), index)
+    assert filed["u1"] == [*enumerate(times)]
+    monkeypatch.setattr(data, "TIES", "shuffled")
+    shuffled = data.read_sequences(tmp_path, index)
+    assert all(s != filed[u] and [t for _, t in s] == times and sorted(s) == filed[u] for u, s in shuffled.items())
+    assert shuffled["u0"] != shuffled["u1"]
+    assert data.read_sequences(write(tmp_path, sequences=header + lines[1]), index)["u1"] == shuffled["u1"]
+
+
 def test_core_by_brute_force():
     """Dropping an item can take a user below the core, which can take an item: once around is not enough."""
     rng = random.Random(0)
