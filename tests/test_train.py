@@ -648,7 +648,7 @@ def test_two_processes_are_one(shop, tmp_path, monkeypatch):
     """Catches a mean of means, examples done twice or never, a batch that leaves one process without examples, a loss
     that is one process's own, results in another order, a second process that writes, or reads before the first has
     fetched, and a stop that only the process knows of which got the signal."""
-    flags = dict(limit=33, max_steps=6, eval_limit=9, lr=0.001)  # the 5th step has 1 example
+    flags = dict(limit=33, max_steps=6, eval_limit=9, lr=0.001, tokens=200)  # the 5th step has 1 example
     out, log, single = tmp_path / "two", tmp_path / "log", tmp_path / "single"
     with monkeypatch.context() as patch:
         note_calls(patch, single, "-")
