@@ -2,7 +2,7 @@
 
     python -m extras.sasrec                                            # MovieLens-100K
     python -m extras.sasrec --data beauty --split loo --seeds 3        # leave one out; mean over three seeds
-    python -m extras.sasrec --data beauty --hidden 64 --dropout 0.5    # one configuration instead of the grid
+    python -m extras.sasrec --hidden 64 128 --dropout 0.5 0.2          # the best of a grid, by validation
 
 SASRec (Kang and McAuley, 2018) with a sampled softmax in place of one negative a target: item and position embeddings,
 a causal transformer, the item embeddings again as output. Every next item of the training interactions is a target.
@@ -161,8 +161,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--core", type=number(int, 0), default=5, help="as in train.py (default: %(default)s)")
     add("--history", type=number(int, 1, MAX_LEN), default=data.HISTORY, help="items it is asked with; loo: up to 50")
     add("--exclude_history", action="store_true", help="never recommend what the history holds")
-    add("--hidden", type=number(int, 1), nargs="+", default=[64, 128], help="widths that are tried (default: 64 128)")
-    add("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.5, 0.2], help="tried (default: 0.5 0.2)")
+    add("--hidden", type=number(int, 1), nargs="+", default=[64], help="widths that are tried (default: 64)")
+    add("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.5], help="tried (default: 0.5)")
     add("--negatives", type=number(int, 0), default=256, help="random items in a step's softmax; 0: all items (256)")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="of Adam (default: %(default)s)")
     add("--epochs", type=whole, default=100, help="at most (default: %(default)s)")
