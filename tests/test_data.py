@@ -539,6 +539,15 @@ def test_batches():
     assert all(len(b) * max(lengths[i] for i in b) <= 16 for b in found[1:]) and len(found) == 4
 
 
+def test_ahead():
+    """In order, nothing lost, one more than is asked for at most (memory), and what fails in the thread is raised."""
+    made = []
+    some = data.ahead(lambda x: made.append(x) or x, range(9))
+    assert next(some) == 0 and len(made) <= 2 and [*some] == [*range(1, 9)] and not [*data.ahead(str, [])]
+    with pytest.raises(ZeroDivisionError):
+        list(data.ahead(lambda x: 1 // x, [1, 0]))
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path):
     write(tmp_path)
     (tmp_path / "items.tsv").write_text("item_id\ttitle\ttitle\na\tred\tX\n")
