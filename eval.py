@@ -44,6 +44,7 @@ NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
 SEEN = ((0, 0), (1, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
 USERS = 4096  # histories of a file that are in memory at a time
+TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: about 1,000 users on a GPU
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
 
@@ -419,12 +420,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
     add("--auc", type=number(int, 0), default=0,
         help="also the AUC against so many random titles; as many as there are: every target's exact rank")  # fmt: skip
-    add(
-        "--tokens",
-        type=whole,
-        default=1 << (18 if torch.cuda.is_available() else 14),
-        help="in a batch: less needs less memory (default: %(default)s)",
-    )
+    add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
     add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
     add("--to", default="", metavar="FILE", help="what --histories writes (default: recommendations.tsv in --out)")

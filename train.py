@@ -75,12 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
-    add(
-        "--lora",
-        type=count,
-        default=8,
-        help="rank of the adapters; 0: full fine-tuning, as always for tiny (default: 8)",
-    )
+    add("--lora", type=count, default=8, help="rank of the adapters; 0: full tuning, as always for tiny (default: 8)")
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
@@ -171,9 +166,7 @@ class Run:
         if gpu and not args.tokens:  # half of the free memory, of which a layer keeps about 64 d bytes a token
             self.tokens = torch.cuda.mem_get_info()[0] // (128 * c.hidden_size * c.num_hidden_layers)
         self.look_every = LOOK_EVERY if gpu else 1
-        self.multiple = (
-            64 if args.compile else 8 if gpu else 1
-        )  # of tokens in a row: few shapes to compile, aligned masks
+        self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
