@@ -206,7 +206,7 @@ def make_config(r: Run) -> dict:
     """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
     named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
     constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
-    for name in ("PLAN", "PRESETS", "TIMES", "MOMENTS"):  # another value trains no other model
+    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS", "DIVERGED"):  # another value trains no other model
         del constants[name]
     source = Path(r.base) / "source.json"
     origin = read_json(source, {"holds": str})["holds"] if r.base and source.exists() else r.base
