@@ -539,8 +539,10 @@ def test_batches():
     assert all(len(b) * max(lengths[i] for i in b) <= 16 for b in found[1:]) and len(found) == 4
 
 
-def test_ahead():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_ahead(gpu, monkeypatch):
     """In order, nothing lost, one more than is asked for at most (memory), and what fails in the thread is raised."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     made = []
     some = data.ahead(lambda x: made.append(x) or x, range(9))
     assert next(some) == 0 and len(made) <= 2 and [*some] == [*range(1, 9)] and not [*data.ahead(str, [])]
