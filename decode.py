@@ -297,9 +297,9 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired:
     was given up, -inf for none. All sorted by user. What the beam has no place for is deferred."""
     order = best_first(p.user * 2 + ~whole, p.score)  # a user's titles, then the prefixes, each from the best on
     p, whole, depth = p[order], whole[order], depth[order]
-    none = torch.full(tired.shape, -torch.inf, device=tired.device)
-    kept = whole & (place_in_group(p.user) < k)
-    last = kept & (place_in_group(p.user) == k - 1)
+    none, place = torch.full(tired.shape, -torch.inf, device=tired.device), place_in_group(p.user)
+    start = torch.arange(len(place), device=place.device) - place  # where the user's entries begin
+    kept, last = whole & (place < k), whole & (place == k - 1)
     to_beat = none.scatter_reduce(0, p.user, p.score.where(last, -torch.inf), "amax")
     live = ~whole & (p.score > to_beat[p.user])
     lost = live & p.deferred & tired[p.user]
@@ -308,7 +308,7 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired:
     first = torch.full(tired.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
     now = (turn == first[p.user]) & (turn < NEVER)
     nth = now.cumsum(0)  # counts from 1 along all users
-    beam = now & (nth - nth[torch.searchsorted(p.user, p.user)] + now[torch.searchsorted(p.user, p.user)] <= width)
+    beam = now & (nth - nth[start] + now[start] <= width)
     p.deferred = p.deferred | (now & ~beam)
     kind = 3 - 3 * kept.long() - 2 * (turn < NEVER).long() + beam.long()  # 0 title, 1 waits, 2 beam, 3 nothing
     by_kind = torch.argsort(kind, stable=True)

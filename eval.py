@@ -468,11 +468,15 @@ class Recommender:
             raise InputError(f'no item is called "{unknown}"; {near}')
         return Window(items[-data.HISTORY :], None, "", math.inf)
 
+    def asked(self, args) -> Window:
+        """What --recommend or --user of the command line asks for."""
+        if args.user is not None and args.user not in self.d.future:
+            raise InputError(f"--user {args.user}: {self.d.folder.name} has no such user_id, or --core dropped it")
+        return self.window(args.recommend) if args.recommend else self.d.future[args.user]
+
 
 def print_recommendations(r: Recommender, args):
-    if args.user is not None and args.user not in r.d.future:
-        raise InputError(f"--user {args.user}: {r.d.folder.name} has no such user_id, or --core dropped it")
-    window = r.window(args.recommend) if args.recommend else r.d.future[args.user]
+    window = r.asked(args)
     (p,) = predict(r.decoder, r.cat, r.d, [window], args)
     print(f"after {' | '.join(r.d.titles[i] for i in window.history)}\n{'score':>9}  item    title")
     for ids, score, title in zip(p["items"], p["scores"], p["titles"], strict=True):

@@ -356,9 +356,7 @@ def show_attention(args):
 def show_recommendation(args):
     """Which items of a history the best title looks at."""
     r, panels = eval.Recommender(args.out, data=args.data, base=args.base or "", k=1), {}
-    window = r.window(args.recommend) if args.recommend else r.d.future.get(args.user)
-    if window is None:
-        raise InputError(f"--user {args.user}: {r.d.folder.name} has no such user_id, or --core dropped it")
+    window = r.asked(args)
     (p,) = eval.predict(r.decoder, r.cat, r.d, [window], r.args)
     (e,) = data.window_examples([window._replace(target=r.d.ids.index(p["items"][0][0]))])
     print(f"recommended: {p['titles'][0]} (score {p['scores'][0]:.3f})")
