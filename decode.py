@@ -1,4 +1,4 @@
-"""Constrained decoding: the best titles of a catalogue after a prompt, exactly, and the score of any title.
+"""Constrained decoding: the best titles of a catalogue after a prompt, exactly, and the score of a given one.
 
 The decoder knows token ids and the trie, no text. A prefix's score only falls as the title grows: once no prefix that
 is left scores above the K-th finished title, the top K is exact.
@@ -15,7 +15,6 @@ from hatllm import TARGET, InputError, Layout, layout, needed
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
-TITLES = 256  # titles of a user that are scored at a time
 LAST, NEVER = 1 << 40, 1 << 41  # turns, after all depths
 
 
@@ -185,7 +184,7 @@ class Decoder:
         tells for whom it mattered. source: see prefill. target (B,): titles whose score is wanted."""
         B, device = len(item), item.device
         state, h = self.prefill(tokens, item, source)
-        own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target[:, None])[:, 0]
+        own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target)
         root = torch.zeros(B, dtype=torch.long, device=device)
         beam = Prefixes(torch.arange(B, device=device), root, root.float(), root.bool())
         finished, waiting = beam[root[:0]], beam[root[:0]]
@@ -204,7 +203,8 @@ class Decoder:
         leaf, score = torch.full((B, k), -1, device=device), torch.full((B, k), -torch.inf, device=device)
         rank = place_in_group(finished.user)
         leaf[finished.user, rank], score[finished.user, rank] = self.trie.leaf[finished.node], finished.score
-        check_finite(sound)
+        if not sound:
+            raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
         return Ranking(leaf, score, dropped <= score[:, -1], own, fed)
 
     def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
@@ -237,50 +237,23 @@ class Decoder:
         grid.view(-1)[rows] = nodes
         return self.feed(state, grid, rows)
 
-    # --- The score of given titles ----------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def score(self, tokens: Tensor, item: Tensor, leaves: Tensor) -> Tensor:
-        """Exact log-probabilities (B, n) of the titles leaves (B, n)."""
-        state, h = self.prefill(tokens, item)
-        order = leaves.argsort(1)  # titles that begin alike stand side by side: what they share is read once
-        parts = [self.score_after(state, h, some) for some in leaves.gather(1, order).split(TITLES, 1)]
-        check_finite(torch.cat(parts, 1).isfinite().all())
-        return torch.cat(parts, 1).gather(1, order.argsort(1))
-
-    def score_after(self, state: SearchState, h: Tensor, leaves: Tensor) -> Tensor:
-        """score, right after prefill: all prefixes of a user's titles in one tree. What it reads is forgotten, so that
+    def score_after(self, state: SearchState, h: Tensor, leaf: Tensor) -> Tensor:
+        """(B,) exact log-probability of the titles leaf (B,), right after prefill. What it reads is forgotten, so that
         a search can follow."""
-        trie, (B, n) = self.trie, leaves.shape
-        size = (trie.start[leaves + 1] - trie.start[leaves]).flatten()
-        title = torch.repeat_interleave(torch.arange(B * n, device=leaves.device), size)  # of every node on a path
-        first = trie.start[leaves].flatten() - (size.cumsum(0) - size)
-        node = trie.path_node[first[title] + torch.arange(len(title), device=leaves.device)]
-        edge = title // n * trie.n_nodes + node  # (user, node): the last step of a path to the node
-        # those on the titles' paths alone: B rows of all edges could be too many
-        asked, at = torch.unique(edge, return_inverse=True)
-        logp = torch.zeros(len(asked), device=leaves.device)
-
-        def note(user: Tensor, nodes: Tensor, h: Tensor):
-            row, child, found = self.expand(h, nodes)
-            place = torch.searchsorted(asked, user[row] * trie.n_nodes + child).clamp(max=len(asked) - 1)
-            hit = asked[place] == user[row] * trie.n_nodes + child
-            logp[place[hit]] = found[hit]
-
-        users = torch.arange(B, device=leaves.device)
-        note(users, 0 * users, h)
+        trie, users = self.trie, torch.arange(len(leaf), device=leaf.device)
+        user = torch.repeat_interleave(users, trie.start[leaf + 1] - trie.start[leaf])  # of every node on the paths
+        path = trie.path_node[trie.start[leaf][user] + place_in_group(user)]
         # a node is read where more than one token may follow; its children's probabilities are not known without
-        read = torch.unique(edge[(trie.fan[node] > 0) if self.full else (trie.leaves[node] > 1)])
-        if len(read):
-            user, nodes, filled = read // trie.n_nodes, read % trie.n_nodes, [*state.cache.n]
-            note(user, nodes, self.feed_flat(state, user, nodes, int(user.bincount().max())))
+        read = (trie.fan[path] > 0) if self.full else (trie.leaves[path] > 1)
+        nodes, owner = torch.cat((0 * users, path[read])), torch.cat((users, user[read]))
+        if read.any():
+            filled = [*state.cache.n]
+            h = torch.cat((h, self.feed_flat(state, user[read], path[read], int(user[read].bincount().max()))))
             state.nodes, state.cache.n = state.nodes[:, :0], filled
-        return torch.zeros(B * n, device=h.device).index_add(0, title, logp[at]).view(B, n)
-
-
-def check_finite(sound: Tensor):
-    if not sound:
-        raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
+        row, child, logp = self.expand(h, nodes)
+        below = leaf[owner[row]] - trie.leaf[child]
+        own = (below >= 0) & (below < trie.leaves[child])  # is the child on its user's path?
+        return logp.new_zeros(len(leaf)).index_add(0, owner[row][own], logp[own])
 
 
 def place_in_group(group: Tensor) -> Tensor:

@@ -169,30 +169,6 @@ def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window],
     return predictions
 
 
-def against(decoder: Decoder, cat: Catalogue, windows: list[Window], negatives: int, budget: int) -> np.ndarray:
-    """(N, 3): per window, the target against so many other titles, drawn without replacement and by the window's user
-    and target alone: AUC, the share of them that score below it, a tie counts half; before, ties: the items that score
-    higher, and equally high, itself among them. All titles where there are no more: the full ranking."""
-    trie, device, size = cat.trie, decoder.model.head.device, torch.tensor([len(x) for x in cat.bearers])
-    n = min(negatives, trie.n_leaves - 1)
-    if not n:
-        raise InputError("--auc needs a catalogue of two titles at least")
-    todo = data.batches([len(cat.prompt(w.history)[0]) + 4 * n for w in windows], budget)
-    result = np.zeros((len(windows), 3))
-    for at in tqdm(todo, desc="AUC", unit="batch", disable=not sys.stderr.isatty()):
-        some = [windows[i] for i in at]
-        own = trie.leaf_of_item[[w.target for w in some]][:, None]
-        rngs = [np.random.default_rng([*w.user.encode(), w.target]) for w in some]
-        others = torch.from_numpy(np.stack([rng.choice(trie.n_leaves - 1, n, replace=False) for rng in rngs]))
-        leaves = torch.cat((own, others + (others >= own)), 1)  # skips the target
-        tokens, item, _ = data.collate_prompts(cat, [w.history for w in some])
-        score = decoder.score(tokens.to(device), item.to(device), leaves.to(device)).cpu()
-        more, same = score > score[:, :1], score == score[:, :1]
-        won = 1 - (more.sum(1) + (same.sum(1) - 1) / 2) / n
-        result[at] = torch.stack((won, (more * size[leaves]).sum(1), (same * size[leaves]).sum(1)), 1).numpy()
-    return result
-
-
 # --- A run of train.py ----------------------------------------------------------------------------------------------
 
 
@@ -418,8 +394,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
     add("--exclude_history", action="store_true", help="never recommend what the history holds")
     add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
-    add("--auc", type=number(int, 0), default=0,
-        help="also the AUC against so many random titles; as many as there are: every target's exact rank")  # fmt: skip
     add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
     add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
@@ -523,20 +497,12 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     mine = windows[world.rank :: world.size]
     predictions = world.gather(predict(decoder, cat, d, mine, args))
     speed = len(windows) / (time.time() - start)
-    ranked = world.gather(against(decoder, cat, mine, args.auc, args.tokens).tolist()) if args.auc else []
     if world.rank:
         return
     result = report(d, windows, *positions(predictions)) | {"dropped": dropped}
     result |= {name: float(np.mean([p[name] for p in predictions])) for name in ("nll", "exact")} | {"users/s": speed}
     popular = popularity(d, windows, candidate)
     rows = {"popularity": metrics(*popular), "model": result}
-    if ranked:
-        won, before, ties = np.array(ranked).T
-        result["auc"] = float(won.mean())
-        if args.auc >= cat.trie.n_leaves - 1:  # all titles
-            rows["model, full ranking"] = result["full ranking"] = metrics(before, ties)
-            ranks = [{"before": int(b), "ties": int(t)} for b, t in zip(before, ties, strict=True)]
-            predictions = [p | rank for p, rank in zip(predictions, ranks, strict=True)]
     seen, places = d.counts[[w.target for w in windows]].tolist(), np.stack(popular, 1).tolist()
     predictions = [p | {"seen": n, "popularity": at} for p, n, at in zip(predictions, seen, places, strict=True)]
     name = f"{args.split}{tag(args, (d.ids, d.titles, candidate.tolist()))}"
@@ -552,15 +518,13 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
 
 def tag(args, catalogue=None) -> str:
     """What differs from the defaults, as a part of a file name: other settings never overwrite a full result."""
-    names = [x for x in ("limit", "k", "beam", "score", "exclude_history", "auc") if vars(args)[x] != vars(DEFAULTS)[x]]
+    names = [x for x in ("limit", "k", "beam", "score", "exclude_history") if vars(args)[x] != vars(DEFAULTS)[x]]
     among = hashlib.sha256(repr(catalogue).encode()).hexdigest()[:8] if args.catalogue or args.only else ""
     return "".join(f"-{name}{vars(args)[name]}" for name in names) + (among and f"-among{among}")
 
 
 def explain(result: dict, args, path: Path, base_source: str):
     """The terms of the table's last lines."""
-    if "auc" in result:
-        print(f"AUC {result['auc']:.4f}: the share of other titles that score below the target")
     over = "tokens that continue a title" if args.score == "trie" else "whole vocabulary"
     print(f"{result['nll']:.4f} nats per item: -log p of the target's title, over the {over} ({args.score} scores)")
     print(f"exact for {result['exact']:.1%} of the users: certainly no better title than the {args.k} listed")
@@ -572,8 +536,6 @@ def main(argv: list[str]):
     asked = args.recommend or args.user is not None or args.histories
     if args.k < KS[-1] and not asked:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
-    if args.auc and args.exclude_history:
-        raise InputError("--auc ranks all items, so it goes without --exclude_history")
     if args.to and not args.histories:
         raise InputError("--to says where --histories writes; it goes with no other flag")
     world, r = World(), Recommender(**vars(args))

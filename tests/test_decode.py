@@ -72,8 +72,12 @@ def brute(plan: str, score: str, kind: str = "many", tau: float = 1.0) -> Tensor
     return out
 
 
-def everyone(t: Trie, B: int = 3) -> Tensor:
-    return torch.arange(t.n_leaves).expand(B, -1)
+@torch.inference_mode()
+def score_all(d: Decoder, tokens: Tensor, item: Tensor) -> Tensor:
+    """(B, L) log-probabilities of all titles, by the decoder: each after a prompt of its own."""
+    L = d.trie.n_leaves
+    state, h = d.prefill(tokens.repeat_interleave(L, 0), item.repeat_interleave(L, 0))
+    return d.score_after(state, h, torch.arange(L).repeat(len(tokens))).view(-1, L)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
@@ -112,7 +116,7 @@ def test_search_among_near_ties(score):
     """Catches a bound with slack: what is within 0.05 of the k-th title may still be better."""
     t, m = trie("near"), nearly_tied()
     d = Decoder(m, t, score)
-    truth = d.score(*prompts(), everyone(t)).sort(1, descending=True)
+    truth = score_all(d, *prompts()).sort(1, descending=True)
     assert (truth.values[:, 0] - truth.values[:, 39] < 0.05).all()
     for k in (1, 5, 10, 40):
         for width in (2, 7, 20, 99):
@@ -128,7 +132,7 @@ def test_certificate(score):
     said, right, t = [], [], trie()
     for seed in range(4):
         d = Decoder(tiny_model(HAT, seed + 1), t, score)
-        truth = d.score(*prompts(), everyone(t)).topk(5).indices
+        truth = score_all(d, *prompts()).topk(5).indices
         for width in (1, 5, 12, 40):
             r = d.search(*prompts(), 5, width, limit=0)
             said += r.exact.tolist()
@@ -145,7 +149,7 @@ def test_small_catalogues(kind, score):
     r, n, best = d.search(*prompts(), 10, 2), t.n_leaves, truth.topk(t.n_leaves)
     assert r.leaf[:, :n].tolist() == best.indices.tolist() and close(r.score[:, :n], best.values)
     assert (r.leaf[:, n:] == -1).all() and (r.score[:, n:] == -torch.inf).all() and r.exact.all()
-    assert close(d.score(*prompts(), everyone(t)), truth)
+    assert close(score_all(d, *prompts()), truth)
     if n == 1 and score == "trie":
         assert (r.score[:, 0] == 0).all()  # certain
 
@@ -188,7 +192,7 @@ def test_temperature():
     the formula divided would make scores grow along a title, and the certificate a lie."""
     for score, tau in (("trie", 0.5), ("full", 1.0)):
         truth, d = brute("OR", score, tau=tau), Decoder(model("OR"), trie(), score, tau=0.5)
-        assert close(d.score(*prompts(), everyone(trie())), truth)
+        assert close(score_all(d, *prompts()), truth)
         assert close(d.search(*prompts(), 10).score, truth.topk(10).values)
 
 
@@ -241,28 +245,19 @@ def test_full_scores_in_half_precision():
     assert torch.zeros(len(nodes)).index_add(0, row, logp.exp()).max() <= 1 + 1e-5
 
 
-# --- scores of lists ------------------------------------------------------------------------------------------------
+# --- the score of a given title ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("plan", PLANS)
 def test_score_is_a_full_forward(plan, score, monkeypatch):
-    """All titles, a random list for each user with one title twice, in another order, and all in small pieces. The
-    probabilities of a catalogue sum to one; over the whole vocabulary to less."""
-    t, truth, d = trie(), brute(plan, score), Decoder(model(plan), trie(), score)
-    some = torch.stack([torch.randperm(t.n_leaves)[:9] for _ in range(3)])
-    some[:, 5] = some[:, 2]
-    got, order = d.score(*prompts(), some), torch.randperm(9)
-    assert close(got, truth.gather(1, some)) and torch.equal(got[:, 5], got[:, 2])
-    assert torch.equal(d.score(*prompts(), some[:, order]), got[:, order])  # else a list leaks which is the target
-    all_, ones = d.score(*prompts(), everyone(t)), torch.ones(3)
-    assert close(all_, truth)
-    assert close(all_.exp().sum(1), ones, 1e-5) if score == "trie" else (all_.exp().sum(1) < 0.999).all()
-    feeds, real = [], Decoder.feed
-    monkeypatch.setattr(Decoder, "feed", lambda self, *args: feeds.append(1) or real(self, *args))
+    """All titles, also where the head's rows are cut. The probabilities of a catalogue sum to one; over the whole
+    vocabulary to less."""
+    truth, d = brute(plan, score), Decoder(model(plan), trie(), score)
     monkeypatch.setattr(decode, "ROWS", 7)
-    monkeypatch.setattr(decode, "TITLES", 7)
-    assert close(d.score(*prompts(), everyone(t)), truth) and len(feeds) > 3
+    found = score_all(d, *prompts())
+    assert close(found, truth)
+    assert close(found.exp().sum(1), torch.ones(3), 1e-5) if score == "trie" else (found.exp().sum(1) < 0.999).all()
     assert close(d.search(*prompts(), 10, 4).score, truth.topk(10).values)  # ROWS cuts there, too
 
 
@@ -279,10 +274,9 @@ def test_a_real_catalogue_sums_to_one():
     cat, d, m = office()
     tokens, item, _ = data.collate_prompts(cat, [w.history for w in d.test[:2]])
     decoder = Decoder(m, cat.trie)
-    score = decoder.score(tokens, item, everyone(cat.trie, 2))
-    assert close(score.exp().sum(1), torch.ones(2))
-    r = decoder.search(tokens, item)
-    assert r.leaf.tolist() == score.topk(10).indices.tolist() and r.exact.all()
+    every, r = decoder.search(tokens, item, cat.trie.n_leaves, 200, 10**6), decoder.search(tokens, item)
+    assert close(every.score.exp().sum(1), torch.ones(2))
+    assert r.leaf.tolist() == every.leaf[:, :10].tolist() and r.exact.all()
 
 
 # --- the item cache -------------------------------------------------------------------------------------------------
@@ -357,7 +351,7 @@ def test_a_loss_is_the_decoders_score(loss, score):
     cat, vocabulary = catalogue()
     m, history = tiny_model(HAT, vocab_size=vocabulary), [0, 3, 5]
     tokens, item, _ = data.collate_prompts(cat, [history])
-    got = Decoder(m, cat.trie, score).score(tokens, item, everyone(cat.trie, 1))[0]
+    got = score_all(Decoder(m, cat.trie, score), tokens, item)[0]
     for target, leaf in enumerate(cat.trie.leaf_of_item):
         b = data.collate(cat, [data.encode(cat, Example(history, [(3, target)]), loss == "msl")])
         h = m(b.tokens, layout(b.item), rows=b.rows)
