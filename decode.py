@@ -20,21 +20,8 @@ LAST, NEVER = 1 << 40, 1 << 41  # turns, after all depths
 
 def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
     """z (M,) with row (M,) in 0 .. n-1 -> (n,) logsumexp of every row's values."""
-    top = z.new_full((n,), -torch.inf).scatter_reduce(0, row, z.detach(), "amax")
+    top = z.new_full((n,), -torch.inf).scatter_reduce(0, row, z, "amax")
     return top + z.new_zeros(n).index_add(0, row, (z - top[row]).exp()).log()
-
-
-def trie_logits(model: Llama, trie: Trie, h: Tensor, nodes: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h (F, d) after the prefixes nodes (F,) -> row, child, logit / tau (M,) of all tokens that can follow."""
-    row, child = trie.children(nodes)
-    columns, at = torch.unique(trie.token[child], return_inverse=True)
-    return row, child, model.logits(h, columns)[row, at] / tau
-
-
-def best_first(group: Tensor, score: Tensor) -> Tensor:
-    """(M,) -> order (M,): by group, then by falling score. No score is above 0, so the bits of its size can be sorted
-    as a whole number."""
-    return torch.argsort(group << 32 | (0 - score).view(torch.int32).long(), stable=True)
 
 
 @dataclass
@@ -54,9 +41,6 @@ class Prefixes:
     node: Tensor  # (F,) trie node
     score: Tensor  # (F,) log-probability
     deferred: Tensor  # (F,) bool: a beam had no place for it, or for what it grew from
-
-    def __len__(self) -> int:
-        return len(self.user)
 
     def __getitem__(self, at) -> "Prefixes":
         return Prefixes(*(x[at] for x in vars(self).values()))
@@ -143,11 +127,14 @@ class Decoder:
         x[torch.nonzero(own)[:, 0], at[own]] = y[own]
         return x
 
-    def feed(self, state: SearchState, nodes: Tensor, rows: Tensor) -> Tensor:
-        """Reads nodes (B, Q), -1 for none -> (F, d) of those at rows (F,) of nodes.flatten(). A node sees the prompt
-        and those of its ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and
-        values serve all of them, and no cache is ever reordered."""
-        trie, Q = self.trie, nodes.shape[1]
+    def feed(self, state: SearchState, user: Tensor, node: Tensor, Q: int) -> Tensor:
+        """Reads node (F,) of user (F,), ascending, at most Q a user -> (F, d). A node sees the prompt and those of its
+        ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and values serve all
+        of them, and no cache is ever reordered."""
+        trie, b = self.trie, torch.searchsorted(state.user, user)
+        rows = b * Q + place_in_group(b)
+        nodes = node.new_full((len(state.user), Q), -1)
+        nodes.view(-1)[rows] = node
         state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
         q, k = nodes[:, :, None], state.nodes[:, None, :]
         above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
@@ -165,7 +152,9 @@ class Decoder:
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""
-        row, child, z = trie_logits(self.model, self.trie, h, nodes, self.tau)
+        row, child = self.trie.children(nodes)
+        columns, at = torch.unique(self.trie.token[child], return_inverse=True)
+        z = self.model.logits(h, columns)[row, at] / self.tau  # (M,)
         if self.full:
             total = torch.cat([self.model.logits(part).logsumexp(-1) for part in h.split(ROWS)])
         else:
@@ -190,14 +179,16 @@ class Decoder:
         finished, waiting = beam[root[:0]], beam[root[:0]]
         dropped = torch.full((B,), -torch.inf, device=device)  # the best score that was given up
         fed, sound = root.clone(), torch.tensor(True, device=device)
-        while len(beam):
-            grown = finished + waiting + self.grow(beam, h)
+        while len(beam.user):
+            row, child, logp = self.expand(h, beam.node)
+            new = Prefixes(beam.user[row], child, beam.score[row] + logp, beam.deferred[row])
+            grown = finished + waiting + new
             sound = sound & grown.score.isfinite().all()
             whole = (self.trie.fan if self.full else self.trie.leaves)[grown.node] == (0 if self.full else 1)
             depth = self.trie.depth[grown.node]
             finished, waiting, beam, lost = divide(grown, whole, depth, k, width, fed >= limit)
             dropped = torch.maximum(dropped, lost)
-            if len(beam):
+            if len(beam.user):
                 h, beam, n = self.advance(state, beam, B)
                 fed = fed + n
         leaf, score = torch.full((B, k), -1, device=device), torch.full((B, k), -torch.inf, device=device)
@@ -206,11 +197,6 @@ class Decoder:
         if not sound:
             raise InputError("the model's scores are not finite: its weights are damaged, or its training diverged")
         return Ranking(leaf, score, dropped <= score[:, -1], own, fed)
-
-    def grow(self, p: Prefixes, h: Tensor) -> Prefixes:
-        """All that may follow the prefixes p by one token, h (F, d) after them."""
-        row, child, logp = self.expand(h, p.node)
-        return Prefixes(p.user[row], child, p.score[row] + logp, p.deferred[row])
 
     def advance(self, state: SearchState, p: Prefixes, B: int) -> tuple[Tensor, Prefixes, Tensor]:
         """Reads the prefixes p, sorted by user, and what follows on the way to where their titles part -> h (F, d)
@@ -226,16 +212,8 @@ class Decoder:
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=total)  # prefix of a token
         flat = torch.arange(total, device=n.device)
         path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
-        h = self.feed_flat(state, p.user[row], trie.path_node[path], Q)
+        h = self.feed(state, p.user[row], trie.path_node[path], Q)
         return h[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.deferred), read
-
-    def feed_flat(self, state: SearchState, user: Tensor, nodes: Tensor, Q: int) -> Tensor:
-        """Reads nodes (F,) of user (F,), ascending; at most Q a user -> (F, d)."""
-        b = torch.searchsorted(state.user, user)
-        rows = b * Q + place_in_group(b)
-        grid = nodes.new_full((len(state.user), Q), -1)
-        grid.view(-1)[rows] = nodes
-        return self.feed(state, grid, rows)
 
     def score_after(self, state: SearchState, h: Tensor, leaf: Tensor) -> Tensor:
         """(B,) exact log-probability of the titles leaf (B,), right after prefill. What it reads is forgotten, so that
@@ -247,9 +225,9 @@ class Decoder:
         read = (trie.fan[path] > 0) if self.full else (trie.leaves[path] > 1)
         nodes, owner = torch.cat((0 * users, path[read])), torch.cat((users, user[read]))
         if read.any():
-            filled = [*state.cache.n]
-            h = torch.cat((h, self.feed_flat(state, user[read], path[read], int(user[read].bincount().max()))))
-            state.nodes, state.cache.n = state.nodes[:, :0], filled
+            kept = [*state.cache.k], [*state.cache.v]
+            h = torch.cat((h, self.feed(state, user[read], path[read], int(user[read].bincount().max()))))
+            state.nodes, (state.cache.k, state.cache.v) = state.nodes[:, :0], kept
         row, child, logp = self.expand(h, nodes)
         below = leaf[owner[row]] - trie.leaf[child]
         own = (below >= 0) & (below < trie.leaves[child])  # is the child on its user's path?
@@ -268,7 +246,9 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired:
     are given up -> a user's k best titles; the prefixes that wait, for they can still enter the top k; the beam: the
     `width` best of the shortest prefixes, or of the deferred ones where there are no others; (B,) the best score that
     was given up, -inf for none. All sorted by user. What the beam has no place for is deferred."""
-    order = best_first(p.user * 2 + ~whole, p.score)  # a user's titles, then the prefixes, each from the best on
+    group = p.user * 2 + ~whole  # a user's titles, then the prefixes, each from the best on
+    # no score is above 0, so the bits of its size can be sorted as a whole number
+    order = torch.argsort(group << 32 | (0 - p.score).view(torch.int32).long(), stable=True)
     p, whole, depth = p[order], whole[order], depth[order]
     none, place = torch.full(tired.shape, -torch.inf, device=tired.device), place_in_group(p.user)
     start = torch.arange(len(place), device=place.device) - place  # where the user's entries begin

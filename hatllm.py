@@ -18,6 +18,7 @@ All-OR is the plain LLM. `python hatllm.py` draws the masks of a small example.
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,14 @@ def parse_plan(text: str, n_layers: int) -> list[str]:
     up). One kind may stand without a count and takes what is left. Raises InputError if the plan does not fit."""
     kinds, sizes = [], []
     for part in text.split():
-        kind, _, count = part.partition(":")
+        kind, colon, count = part.partition(":")
         if kind not in KINDS:
             raise InputError(f"plan '{text}': unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
+        if not (re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else None not in sizes):
+            raise InputError(f"plan '{text}': '{part}' needs a count, {kind}:8 or {kind}:1/4; one kind may go without")
+        layers = Fraction(count) * (n_layers if "/" in count else 1) if colon else None
         kinds.append(kind)
-        sizes.append(parse_count(count, n_layers) if ":" in part else None)
-        if sizes[-1] == -1 or sizes.count(None) > 1:
-            raise InputError(
-                f"plan '{text}': '{part}' needs a count like {kind}:8 or {kind}:1/4; one kind may go without"
-            )
+        sizes.append(int(layers + Fraction(1, 2)) if colon else None)
     counted = sum(size for size in sizes if size is not None)
     if counted > n_layers or (counted < n_layers and None not in sizes):
         raise InputError(f"plan '{text}' covers {counted} layers, but the model has {n_layers}; try '{PLAN}'")
@@ -54,17 +54,6 @@ def parse_plan(text: str, n_layers: int) -> list[str]:
     for kind, size in zip(kinds, sizes, strict=True):
         plan += [kind] * (n_layers - counted if size is None else size)
     return plan
-
-
-def parse_count(text: str, n_layers: int) -> int:
-    """'8' -> 8, '1/4' -> a quarter of the layers; -1 if it is neither."""
-    whole = re.fullmatch(r"\d{1,9}", text)
-    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if whole:
-        return int(text)
-    if part and 0 < int(part[2]) and int(part[1]) <= int(part[2]):
-        return int(n_layers * int(part[1]) / int(part[2]) + 0.5)
-    return -1
 
 
 @dataclass
@@ -81,9 +70,7 @@ class Layout:
 
     def mask(self, kind: str) -> Tensor:
         """(B, 1, Tq, T) bool, True where a query may look at a key in a layer of this kind."""
-        if kind not in self.masks:
-            self.masks[kind] = mask(kind, self.item, self.sees).unsqueeze(1)
-        return self.masks[kind]
+        return mask(kind, self.item, self.sees).unsqueeze(1)
 
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, G * Tq, T) the same as the paper's M, 0 or -inf, for G heads one after the other."""

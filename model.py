@@ -13,25 +13,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hatllm import InputError, Layout, parse_plan, shorten
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE = ("rope_type", "type", "rope_theta", *LLAMA3)  # what rope_scaling or rope_parameters may hold
-FIXED = dict(  # keys of config.json that would change the computation, and the one value known here
+FIXED = dict(  # of config.json, see refuse_others
     hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, rope_interleaved=False,
-    partial_rotary_factor=1.0, pretraining_tp=1,
+    partial_rotary_factor=1.0, pretraining_tp=1, quantization_config={},
 )  # fmt: skip
-IGNORED = (  # keys of config.json that change nothing here; any other one must be empty
-    "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype id2label "
-    "initializer_range is_llama_config label2id layer_types max_window_layers model_type output_attentions "
-    "output_hidden_states pad_token_id problem_type return_dict rope_parameters sliding_window torch_dtype "
-    "transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_cache"
-).split()
+PLAIN_LORA = dict(  # of adapter_config.json
+    peft_type="LORA", bias="none", use_rslora=False, use_dora=False, rank_pattern={}, alpha_pattern={},
+    fan_in_fan_out=False, layers_to_transform=[], init_lora_weights=True, alora_invocation_tokens=[],
+)  # fmt: skip
 
 
 # --- JSON in and out ------------------------------------------------------------------------------------------------
@@ -56,25 +52,19 @@ def check_type(path: Path, key: str, value, kind: type, least: float = -math.inf
         raise InputError(f"{path}: {key} is {value!r:.60}, but a {kind.__name__} is needed")
 
 
-def refuse_unknown(path: Path, found: dict, known):
-    """A key that is not known may change what the file means, so its value must be empty."""
-    for key, value in found.items():
-        if key not in known and value not in (None, False, 0, "", [], {}):
-            raise InputError(
-                f"{path}: {key} is {value!r:.60}, which is not known here; remove it if it changes nothing"
-            )
+def refuse_others(path: Path, found: dict, fixed: dict):
+    """fixed: keys that would change the computation, and the one value of each that is known here."""
+    for key, value in fixed.items():
+        if found.get(key) not in (None, value):
+            raise InputError(f"{path}: {key} is {found[key]!r:.60}, but only {value!r} is known here")
 
 
 def write_json(path: Path, value):
     """Whole or not at all. A list is written line by line."""
     text = "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value, indent=1)
     part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, "utf-8")
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({e})") from e
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
 
 
 # --- The model ------------------------------------------------------------------------------------------------------
@@ -107,11 +97,8 @@ class Config:
     def read(path: Path) -> "Config":
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
         found, fields = read_json(path), Config.__dataclass_fields__
-        refuse_unknown(path, found, {*fields, *FIXED, *IGNORED} - {"qkv_bias"})
         kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
-        for key, value in (FIXED | {"model_type": "qwen2" if kind == "qwen2" else "llama"}).items():
-            if found.get(key, value) != value:
-                raise InputError(f"{path}: {key} is {found[key]!r:.60}, but only {value!r} is known here")
+        refuse_others(path, found, FIXED | {"model_type": "qwen2" if kind == "qwen2" else "llama"})
         own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
         own |= {key: found[key] for key in fields if found.get(key) is not None}
         own |= read_rope(path, found) | {"qkv_bias": kind == "qwen2"}
@@ -136,7 +123,6 @@ def read_rope(path: Path, found: dict) -> dict:
     """rope_theta and rope_scaling out of config.json as transformers 4 or 5 writes it."""
     scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
     check_type(path, "rope_scaling", scaling, dict)
-    refuse_unknown(path, scaling, {*ROPE, "partial_rotary_factor"})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{path}: rope scaling {scaling!r:.200} is not known here, only the types default and llama3")
@@ -173,23 +159,17 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens so far, in the order of the calls; room grows by doubling."""
+    """Keys and values of the tokens so far, in the order of the calls."""
 
     def __init__(self, layers: int):
-        self.k, self.v, self.n = [None] * layers, [None] * layers, [0] * layers
+        self.k, self.v = [None] * layers, [None] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, Hkv, Tq, D) of the new tokens -> those of all tokens (B, Hkv, T, D)."""
-        n, end = self.n[layer], self.n[layer] + k.shape[2]
-        self.n[layer] = end
-        if not n:
-            self.k[layer], self.v[layer] = k, v
-            return k, v
-        if end > self.k[layer].shape[2]:
-            room = 0, 0, 0, max(end, 2 * n) - self.k[layer].shape[2]  # zeros: a masked NaN is a NaN still
-            self.k[layer], self.v[layer] = F.pad(self.k[layer], room), F.pad(self.v[layer], room)
-        self.k[layer][:, :, n:end], self.v[layer][:, :, n:end] = k, v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        if self.k[layer] is not None:
+            k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
+        self.k[layer], self.v[layer] = k, v
+        return k, v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -276,7 +256,6 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.plan = replace(c, hatllm_plan=plan), parse_plan(plan, c.num_hidden_layers)
         self.dtype = None  # of the computation; None: that of the weights
-        self.checkpointing = False  # recompute every block in the backward pass: less memory, a third more time
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         longer = [i for i, kind in enumerate(self.plan) if kind != "CR-last"]
         self.short = longer[-1] + 1 if longer else 0  # the first of the CR-last layers at the end
@@ -291,8 +270,6 @@ class Llama(nn.Module):
             if p.dim() == 2:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.layers)) if deep else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
         return self
 
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
@@ -308,11 +285,7 @@ class Llama(nn.Module):
             if block.layer == self.short and rows is not None:
                 x, rows, layout = shorten(x, rows, layout)
                 cos_sin = rope(self.config, layout.pos, x.dtype)
-            args = x, cos_sin, layout, cache, rows if block is self.layers[-1] else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+            x = block(x, cos_sin, layout, cache, rows if block is self.layers[-1] else None)
         return x
 
     @property
@@ -333,23 +306,22 @@ class Llama(nn.Module):
 class LoRALinear(Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias, self.merged = base.weight, base.bias, False
+        self.weight, self.bias = base.weight, base.bias
         self.r, self.alpha, self.dropout = r, alpha, nn.Dropout(dropout)
         self.lora_A = Linear(base.in_features, r, bias=False, device=base.weight.device)  # Kaiming, a = sqrt 5
         self.lora_B = Linear(r, base.out_features, bias=False, device=base.weight.device)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if self.merged else y + self.lora_B(self.lora_A(self.dropout(x)) * (self.alpha / self.r))
+        return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x)) * (self.alpha / self.r))
 
     @torch.no_grad()
-    def merge(self):
-        """Adds B A alpha / r to the weight, once however often it is called."""
-        if not self.merged:
-            delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r)
-            self.weight.data = (self.weight.float() + delta).to(self.weight.dtype)
-            self.merged = True
+    def merged(self) -> Linear:
+        """One layer with the weight W + B A alpha / r."""
+        delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r)
+        one = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        one.weight, one.bias = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype)), self.bias
+        return one
 
 
 def add_lora(model: Llama, r: int, alpha: float, dropout: float, targets: list[str]) -> Llama:
@@ -360,9 +332,8 @@ def add_lora(model: Llama, r: int, alpha: float, dropout: float, targets: list[s
     if unknown := set(targets) - known:
         raise InputError(f"adapters for {', '.join(sorted(unknown))}: a block's layers are {', '.join(sorted(known))}")
     for name, base in linear.items():
-        parent, _, own = name.rpartition(".")
-        if own in targets:
-            setattr(model.layers.get_submodule(parent), own, LoRALinear(base, r, alpha, dropout))
+        if name.rpartition(".")[2] in targets:
+            model.layers.set_submodule(name, LoRALinear(base, r, alpha, dropout))
     return model
 
 
@@ -371,8 +342,8 @@ def adapters(model: Llama) -> dict[str, LoRALinear]:
 
 
 def merge_lora(model: Llama) -> Llama:
-    for m in adapters(model).values():
-        m.merge()
+    for name, m in adapters(model).items():
+        model.set_submodule(name, m.merged())
     return model
 
 
@@ -392,8 +363,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise InputError(f"{file} is missing; a model's folder holds config.json, tokenizer.json and *.safetensors")
     try:
-        with safe_open(file, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        tensors = load_file(file)
     except (SafetensorError, OSError) as e:
         raise InputError(f"{file}: damaged or not a safetensors file ({e})") from None
     for name, t in tensors.items():
@@ -427,25 +397,17 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], rename, where: Path):
     model.load_state_dict({own[k][0]: v for k, v in tensors.items()}, strict=False, assign=True)
 
 
-def settle_head(c: Config, tensors: dict[str, Tensor]) -> Config:
-    """What transformers does with a head that is said to be tied but is stored: an equal one is dropped, one that
-    stands alone is the embedding, and a different one is kept."""
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if not c.tie_word_embeddings or head is None:
-        return c
-    if embedding is not None and not torch.equal(head, embedding):
-        return replace(c, tie_word_embeddings=False)
-    tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
-    return c
-
-
 def load(folder: str | Path, plan: str | None = None, dtype: torch.dtype = torch.float32, dropout=0.0) -> Llama:
     """A Hugging Face Llama folder as a Llama. plan: None takes the one stored by `save`, else OR. Memory: that of the
     weights, since none is initialised. Raises InputError."""
     folder = Path(folder)
     c, tensors = Config.read(folder / "config.json"), read_tensors(folder)
+    if c.tie_word_embeddings and "lm_head.weight" in tensors:  # stored twice, or under this name alone
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(tensors.setdefault("model.embed_tokens.weight", head), head):
+            raise InputError(f"{folder}: lm_head.weight differs from the embedding, though tie_word_embeddings is true")
     with torch.device("meta"):
-        model = Llama(settle_head(c, tensors), plan or c.hatllm_plan, dropout)
+        model = Llama(c, plan or c.hatllm_plan, dropout)
     assign(model, {k: v.to(dtype) for k, v in tensors.items()}, hf_name, folder)
     return model
 
@@ -453,8 +415,8 @@ def load(folder: str | Path, plan: str | None = None, dtype: torch.dtype = torch
 def save(model: Llama, folder: str | Path):
     """Writes what transformers' LlamaForCausalLM.from_pretrained reads, adapters merged in. transformers knows no
     masks: it computes the plan OR. `load` reads the plan as well."""
-    if unmerged := [m for m in adapters(model).values() if not m.merged]:
-        raise ValueError(f"{len(unmerged)} adapters are not merged and would be lost; merge_lora first, or save_lora")
+    if adapters(model):
+        raise ValueError("adapters would be lost; merge_lora first, or save_lora")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hf_name(n): p.detach().contiguous() for n, p in model.named_parameters() if hf_name(n)}
@@ -470,42 +432,19 @@ def save_lora(model: Llama, folder: str | Path, base: str = ""):
     own = adapters(model)
     one = next(iter(own.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
-    config |= {
-        "r": one.r,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout.p,
-        "hatllm_plan": model.config.hatllm_plan,
-    }
-    config["target_modules"] = sorted({name.rpartition(".")[2] for name in own})
+    config |= {"r": one.r, "lora_alpha": one.alpha, "lora_dropout": one.dropout.p}
+    config |= {"hatllm_plan": model.config.hatllm_plan, "target_modules": sorted({n.rpartition(".")[2] for n in own})}
     write_json(folder / "adapter_config.json", config)
     tensors = {peft_name(n): p.detach().contiguous() for n, p in model.named_parameters() if peft_name(n)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-ADAPTER = {"r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": list}
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-ADAPTER_IGNORED = (  # keys of adapter_config.json that change nothing here; any other one must be empty
-    "auto_mapping base_model_name_or_path hatllm_plan inference_mode megatron_core peft_version qalora_group_size "
-    "revision task_type"
-).split()
-
-
 def load_lora(model: Llama, folder: str | Path) -> Llama:
-    """Adds the adapters of a folder that save_lora or peft wrote. Adapters that would change nothing are an error."""
+    """Adds the adapters of a folder that save_lora or peft wrote."""
     path, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    c = read_json(path, ADAPTER)
-    refuse_unknown(path, c, {*ADAPTER, *ADAPTER_IGNORED, *PLAIN})
-    for key, values in PLAIN.items():
-        if c.get(key, values[0]) not in values:
-            raise InputError(f"{path}: {key} is {c[key]!r:.60}, but plain LoRA alone is known here")
-    check_type(path, "r", c["r"], int, 1)
-    check_type(path, "lora_alpha", c["lora_alpha"], float, 1e-12)
-    try:
-        add_lora(model, c["r"], c["lora_alpha"], c["lora_dropout"], list(map(str, c["target_modules"])))
-    except ValueError as e:  # unknown layers, or a dropout outside [0, 1]
-        raise InputError(f"{path}: {e}") from None
-    tensors = read_safetensors(file)
-    assign(model, {k: v.to(model.head.device, torch.float32) for k, v in tensors.items()}, peft_name, file)
-    if not any(v.any() for k, v in tensors.items() if "lora_B" in k):
-        raise InputError(f"{file}: all of lora_B is zero, so these adapters change nothing: were they ever trained?")
+    c = read_json(path, {"r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": list})
+    refuse_others(path, c, PLAIN_LORA)
+    add_lora(model, c["r"], c["lora_alpha"], c["lora_dropout"], c["target_modules"])
+    tensors = {k: v.to(model.head.device, torch.float32) for k, v in read_safetensors(file).items()}
+    assign(model, tensors, peft_name, file)
     return model

