@@ -9,11 +9,9 @@ Each has a header line. Shapes as in model.py, plus N windows and R rows: the po
 
 import copy
 import csv
-import difflib
 import gzip
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -32,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from hatllm import TARGET, InputError, needed
-from model import Config, read_json
+from model import Config
 
 PRESETS = ("ml-100k", "beauty", "office", "books")
 TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
@@ -98,12 +96,10 @@ def read_times(where: str, text: str, n: int) -> list[float]:
     return times
 
 
-def read_ids(
-    where: str, text: str, index: dict[str, int], least: int, of="the catalogue; --catalogue gives another"
-) -> list[int]:
+def read_ids(where: str | Path, text: str, index: dict[str, int], least: int) -> list[int]:
     ids = text.split()
     if unknown := [i for i in ids if i not in index]:
-        raise InputError(f"{where}: item {unknown[0]} is not in {of}")
+        raise InputError(f"{where}: item {unknown[0]} is not in the catalogue (items.tsv, or that of --catalogue)")
     if len(ids) < least:
         raise InputError(f"{where}: {len(ids)} items, but {least} are needed")
     return [index[i] for i in ids]
@@ -113,7 +109,7 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
     """user -> [(item, time)] in time order."""
     users = {}
     for where, row in read_table(folder / "sequences.tsv", "user_id item_ids times"):
-        items = read_ids(where, row["item_ids"], index, 1, "items.tsv")
+        items = read_ids(where, row["item_ids"], index, 1)
         times = read_times(where, row["times"], len(items))
         if any(a > b for a, b in itertools.pairwise(times)):
             raise InputError(f"{where}: the times of user {row['user_id']} are not in ascending order")
@@ -130,7 +126,7 @@ def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dic
     """split -> windows. Untitled items leave the histories; a window with an untitled target is dropped."""
     rows = {"train": [], "valid": [], "test": []}
     for where, row in read_table(folder / "windows.tsv", "split user_id item_ids times"):
-        *history, target = read_ids(where, row["item_ids"], index, 2, "items.tsv")
+        *history, target = read_ids(where, row["item_ids"], index, 2)
         history = [i for i in history if titled[i]][-HISTORY:]
         (time,) = read_times(where, row["times"], 1)
         if row["split"] not in rows:
@@ -149,12 +145,6 @@ def read_histories(path: Path, ids: list[str]) -> Iterator["Window"]:
     index = {x: i for i, x in enumerate(ids)}
     for where, row in read_table(path, "user_id item_ids"):
         yield Window(read_ids(where, row["item_ids"], index, 1)[-HISTORY:], None, row["user_id"], math.inf)
-
-
-def read_only(path: Path, index: dict[str, int]) -> list[int]:
-    """The items of a file of ids, one a line."""
-    lines = path.read_text("utf-8-sig", "replace").splitlines()
-    return [i for n, line in enumerate(lines, 1) for i in read_ids(f"{path}, line {n}", line, index, 0)]
 
 
 # --- Windows: a history and the item that came next -----------------------------------------------------------------
@@ -265,11 +255,9 @@ def find(name: str | Path) -> Path:
 
         return fetch.fetch(str(name), "data")
     if Path(name).is_file():
-        raise InputError(
-            f"--data {name} is a file; make a folder of it: python -m extras.prepare {name} ITEMS --out FOLDER"
-        )
-    near = difflib.get_close_matches(str(name), PRESETS, 1) or PRESETS[:2]
-    raise InputError(f"--data {name}: no items.tsv[.gz] in {', '.join(map(str, places))}; try {' or '.join(near)}")
+        raise InputError(f"--data {name} is a file; make a folder: python -m extras.prepare {name} ITEMS --out FOLDER")
+    looked = ", ".join(dict.fromkeys(map(str, places)))
+    raise InputError(f"--data {name}: no items.tsv[.gz] in {looked}; known by name: {', '.join(PRESETS)}")
 
 
 def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "title") -> Dataset:
@@ -280,9 +268,7 @@ def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "titl
     index, titled = {x: i for i, x in enumerate(items)}, [bool(x.title) for x in items.values()]
     windows, sequences = ([*folder.glob(f"{x}.tsv"), *folder.glob(f"{x}.tsv.gz")] for x in ("windows", "sequences"))
     if windows and (sequences or split != "time" or k != 5):
-        raise InputError(
-            f"{folder} is a published split: {windows[0].name} goes without --split, --core, sequences.tsv"
-        )
+        raise InputError(f"{folder} is a published split: windows.tsv goes without --split, --core, sequences.tsv")
     if windows:
         rows = read_windows(folder, index, titled)
         return catalogued(folder, items, rows, chain(rows["train"]))
@@ -298,13 +284,11 @@ def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequ
     windows = [w for part in rows.values() for w in part]
     kept = sorted({i for s in sequences for i in s} | {i for w in windows for i in (*w.history, w.target)})
     new = {old: i for i, old in enumerate(kept)}
-    parts = {
-        name: [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
-        for name, part in rows.items()
-    }
+    for name, part in rows.items():
+        rows[name] = [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
     ids, (titles, texts) = [*items], zip(*items.values(), strict=True)
     columns = ([column[i] for i in kept] for column in (ids, titles, texts))
-    return Dataset(folder, *columns, sequences=[[new[i] for i in s] for s in sequences if s], **parts)
+    return Dataset(folder, *columns, sequences=[[new[i] for i in s] for s in sequences if s], **rows)
 
 
 def renew(d: Dataset, path: Path, columns: str) -> tuple[Dataset, list[int]]:
@@ -416,13 +400,15 @@ def train_tokenizer(titles: list[str]) -> Tokenizer:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, without what would cut, pad or vary a title."""
     path = Path(folder) / "tokenizer.json"
-    found = read_json(path, {"model": dict}) | {"truncation": None, "padding": None}
-    if "dropout" in found["model"]:
-        found["model"]["dropout"] = None
     try:
-        return Tokenizer.from_str(json.dumps(found))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
         raise InputError(f"{path}: not a tokenizer ({e})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 class Catalogue:
@@ -439,16 +425,12 @@ class Catalogue:
         probe = tokenizer.encode("a")
         self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
         encoded = self.bos, self.head, self.separator, self.header, *self.titles, *self.texts
-        for text, tokens in zip(("what the tokenizer puts first", *PROMPT, *titles, *texts), encoded, strict=True):
-            if len(tokens) and tokens.max() >= c.vocab_size:
-                raise InputError(f'{text!r:.60} has token {tokens.max()}, but the model has {c.vocab_size} tokens; '
-                                 "does the tokenizer belong to the model?")  # fmt: skip
-            if c.eos_token_id in tokens and tokens is not self.bos:
-                raise InputError(
-                    f"{text!r:.60} holds the end token {c.eos_token_id}; give it another title or tokenizer"
-                )
-            if not len(tokens) and text in (*titles, *texts):
-                raise InputError(f"{text!r:.60} has no tokens under the model's tokenizer; another one is needed")
+        if (most := max(int(tokens.max(initial=0)) for tokens in encoded)) >= c.vocab_size:
+            raise InputError(f"the tokenizer has a token {most}, but the model has {c.vocab_size}; are they a pair?")
+        for text, tokens in zip((*titles, *texts), encoded[4:], strict=True):
+            if not len(tokens) or c.eos_token_id in tokens:
+                what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
+                raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")
         self.first = np.cumsum([0] + [len(t) for t in self.texts])  # where a text's tokens begin among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
         self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
@@ -587,9 +569,8 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     """Encoded examples, right-padded. Everything with a size of its own is found here, on the CPU, so that the model
     never waits to learn one."""
     column = {name: [c[name] for c in coded] for name in coded[0]}
-    tokens, item, branch, fork = (
-        pad(column[x], -1 if x == "item" else 0, multiple) for x in ("tokens", "item", "branch", "fork")
-    )
+    tokens, branch, fork = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork"))
+    item = pad(column["item"], -1, multiple)
     if not branch.any():
         branch = fork = None
     rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])

@@ -42,7 +42,7 @@ from model import Llama, adapters, check_type, load, load_lora, merge_lora, read
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
 NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
-SEEN = ((0, 0), (1, 4), (5, 19), (20, math.inf))  # slices of the report: how often the target occurs in training
+SEEN = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, math.inf)}  # slices: how often a target is learnt
 USERS = 4096  # histories of a file that are in memory at a time
 TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: about 1,000 users on a GPU
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
@@ -89,10 +89,7 @@ def popularity(d: Dataset, windows: list[Window], candidates=slice(None)) -> tup
 def report(d: Dataset, windows: list[Window], before: np.ndarray, ties: np.ndarray) -> dict:
     """Metrics of all windows and of slices: how often the target occurs in training, how long the history is."""
     seen, length = d.counts[[w.target for w in windows]], np.array([len(w.history) for w in windows])
-    slices = {
-        f"target seen {a}-{b} times".replace("-inf", "+").replace("0-0", "0"): (seen >= a) & (seen <= b)
-        for a, b in SEEN
-    }
+    slices = {f"target seen {name} times": (seen >= a) & (seen <= b) for name, (a, b) in SEEN.items()}
     slices |= {"history of 1-4 items": length < 5, "history of 5+ items": length >= 5}
     slices = {name: {"n": int(m.sum())} | metrics(before[m], ties[m]) for name, m in slices.items() if m.any()}
     return {"n": len(before)} | metrics(before, ties) | {"slices": slices}
@@ -212,7 +209,7 @@ def fingerprint(folder: str | Path) -> str:
 def read_run(out: Path) -> dict:
     """config.json of a run of train.py."""
     if not (out / "config.json").exists():
-        raise InputError(f"--out {out}: no run of train.py is there")
+        raise InputError(f"--out {out}: no run of train.py is there; choose another --out")
     if "digest" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: no run of train.py; a model's folder is given to train.py as --model")
     kinds = dict.fromkeys("split columns data_folder digest dtype plan loss base base_source base_digest".split(), str)
@@ -260,10 +257,11 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
-    if only:
-        candidates = data.read_only(Path(only), {d.ids[i]: i for i in candidates})
+    if only:  # ids, one a line
+        index = {d.ids[i]: i for i in candidates}
+        candidates = data.read_ids(only, Path(only).read_text("utf-8-sig", "replace"), index, 1)
     if not candidates:
-        raise InputError(f"{only or catalogue} names no item" + ("; give ids, one a line" if only else " with a title"))
+        raise InputError(f"{catalogue} names no item with a title")
     device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
         model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
@@ -313,26 +311,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def lead_first(self, f):
-        """f() in the first process, then in the others: what it fetches is there for them."""
-        found = f() if self.rank == 0 else None
-        self.barrier()
-        return f() if self.rank else found
-
 
 def number(kind: type, least: float, most: float = 2**31):
     """A flag's type: a number in [least, most]."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number "
-                                             f"from {least} to {most}")  # fmt: skip
+            raise ValueError
         return value
 
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {least} to {most}"  # argparse: "invalid NAME value: TEXT"
     return parse
 
 
@@ -342,14 +331,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(message)
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str]):
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], vars(args), 1)
-        raise InputError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
-    return args
 
 
 def run(main):
@@ -513,7 +494,10 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
           + (", items of the history excluded (not for popularity)" if args.exclude_history else "")
           + (f"; {dropped:,} windows dropped, as their target is no candidate" if dropped else ""))  # fmt: skip
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
-    explain(result, args, out / f"results-{name}.json", base_source)
+    over = "tokens that continue a title" if args.score == "trie" else "whole vocabulary"
+    print(f"{result['nll']:.4f} nats per item: -log p of the target's title, over the {over} ({args.score} scores)")
+    print(f"exact for {result['exact']:.1%} of the users: certainly no better title than the {args.k} listed")
+    print(f"{speed:.1f} users/s{base_source and '; base: ' + base_source}; written to {out / f'results-{name}.json'}")
 
 
 def tag(args, catalogue=None) -> str:
@@ -523,16 +507,8 @@ def tag(args, catalogue=None) -> str:
     return "".join(f"-{name}{vars(args)[name]}" for name in names) + (among and f"-among{among}")
 
 
-def explain(result: dict, args, path: Path, base_source: str):
-    """The terms of the table's last lines."""
-    over = "tokens that continue a title" if args.score == "trie" else "whole vocabulary"
-    print(f"{result['nll']:.4f} nats per item: -log p of the target's title, over the {over} ({args.score} scores)")
-    print(f"exact for {result['exact']:.1%} of the users: certainly no better title than the {args.k} listed")
-    print(f"{result['users/s']:.1f} users/s{base_source and '; base: ' + base_source}; written to {path}")
-
-
 def main(argv: list[str]):
-    args = parse_flags(make_parser(), argv)
+    args = make_parser().parse_args(argv)
     asked = args.recommend or args.user is not None or args.histories
     if args.k < KS[-1] and not asked:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")

@@ -55,10 +55,8 @@ WEIGHT_DECAY = 0.01  # on matrices
 CLIP = 1.0  # norm of the gradient at most
 VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which then has to be waited for
-CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third more time
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)
 
-DIVERGED = "no loss or no gradient is finite any more; the newest checkpoint in {} is sound; a lower --lr may help"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
@@ -83,17 +81,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
-    add(
-        "--tokens",
-        type=count,
-        default=0,
-        help="in a forward: less needs less memory; 0: what fits a GPU, 1024 on a CPU",
-    )
+    add("--tokens", type=count, default=0, help="in a forward: fewer need less memory; 0: what fits a GPU; a CPU: 1024")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action="store_true", help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what differs from the defaults")
+    add = p.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add("--overwrite", action="store_true", help="replace the output folder")
     return p
@@ -147,10 +141,9 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.world = args, Path(args.out).resolve(), World()
         self.device, self.dtype = eval.device_and_dtype(args.dtype, args.model == "tiny")
-        self.d = self.world.lead_first(lambda: data.load(args.data, args.split, args.core, args.columns))
-        made = self.world.lead_first(lambda: build(args, self.d, self.device, self.dtype))
-        self.model, self.tokenizer, self.base = made
-        self.model.dtype, self.model.checkpointing = self.dtype, CHECKPOINTING
+        self.d = data.load(args.data, args.split, args.core, args.columns)
+        self.model, self.tokenizer, self.base = build(args, self.d, self.device, self.dtype)
+        self.model.dtype = self.dtype
         for block in self.model.layers if args.compile else ():
             block.compiled = torch.compile(block.compute, dynamic=True)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
@@ -175,7 +168,7 @@ class Run:
 
 
 def build(args, d: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:
-    """The model to be trained, on device; its tokenizer; the folder of its base, '' from scratch."""
+    """-> the model, its tokenizer, the folder of its base ('' from scratch)."""
     torch.manual_seed(args.seed)
     if args.model == "tiny":
         tokenizer = data.train_tokenizer([*dict.fromkeys([*d.titles, *d.texts])])
@@ -206,7 +199,7 @@ def make_config(r: Run) -> dict:
     """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
     named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
     constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
-    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS", "DIVERGED"):  # another value trains no other model
+    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS"):  # another value trains no other model
         del constants[name]
     source = Path(r.base) / "source.json"
     origin = read_json(source, {"holds": str})["holds"] if r.base and source.exists() else r.base
@@ -336,8 +329,6 @@ def look(r: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tupl
     if (lost := sum(map(math.isnan, found))) and r.world.rank == 0:
         tqdm.write(f"{lost} of the last {len(found)} updates had a loss or a gradient that is not finite: left out")
     losses = losses + found
-    if len(losses) >= LOOK_EVERY and not any(map(math.isfinite, losses[-LOOK_EVERY:])):
-        raise InputError(DIVERGED.format(r.out))
     return losses, asked > 0
 
 
@@ -349,7 +340,7 @@ def merit(line: dict) -> list[float]:
 def log(r: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
     if not any(map(math.isfinite, state["losses"])):
-        raise InputError(DIVERGED.format(r.out))
+        raise InputError(f"no loss is finite any more; the newest checkpoint in {r.out} is sound; try a lower --lr")
     line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(r) | speed
     better = merit(line) > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
@@ -464,11 +455,6 @@ def prepare_out(r: Run) -> int:
     """Makes the run's folder with its config.json, or finds that the one there is this run's -> its lock. Nothing is
     deleted: a run that --overwrite replaces is set aside."""
     out, args = r.out, r.args
-    for needed in filter(None, (Path.cwd(), r.d.folder, r.base and Path(r.base))):
-        if out in (needed.resolve(), *needed.resolve().parents):
-            raise InputError(f"--out {out} holds {needed}, which this run needs; choose another --out")
-    if args.resume and args.overwrite:
-        raise InputError("--resume goes on with a run, --overwrite sets it aside: give one of them")
     if args.resume:
         check_same(eval.read_run(out), r)
     elif out.exists() and any(p.suffix != ".part" for p in out.iterdir()):
@@ -499,7 +485,7 @@ def lock(out: Path) -> int:
 
 def check_same(old: dict, r: Run):
     """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
-    free = "constants resume overwrite out data data_folder model base base_source tokens CHECKPOINTING".split()
+    free = "constants resume overwrite out data data_folder model base base_source tokens".split()
     was, now = (c | c["constants"] for c in (old, r.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
     if changed:
@@ -514,7 +500,7 @@ def check_same(old: dict, r: Run):
 
 def main(argv: list[str]) -> bool:
     """-> whether the run came to its end."""
-    r = Run(resolve(eval.parse_flags(make_parser(), argv)))
+    r = Run(resolve(make_parser().parse_args(argv)))
     held = prepare_out(r) if r.world.rank == 0 else None
     r.world.barrier()
     if r.world.rank == 0:

@@ -31,7 +31,7 @@ from torch import Tensor
 import data
 import eval
 import train
-from eval import Parser, load_run, metrics, number, parse_flags
+from eval import Parser, load_run, metrics, number
 from hatllm import PLAN, TARGET, InputError, layout
 from model import Llama, load, read_json, rope, write_json
 
@@ -72,7 +72,7 @@ def once(place: Path, argv: list[str]) -> bool:
     """A run of train.py in place, from where it stands -> False if it was asked to stop."""
     gc.collect()  # a model refers to itself, so that the last run's holds its memory until now
     argv = [*argv, "--out", str(place), *(["--resume"] if (place / "config.json").exists() else [])]
-    args = train.resolve(parse_flags(train.make_parser(), argv))
+    args = train.resolve(train.make_parser().parse_args(argv))
     if finished(place):
         train.check_same(read_json(place / "config.json"), train.Run(args))
         print("finished already", flush=True)
@@ -85,7 +85,7 @@ def once(place: Path, argv: list[str]) -> bool:
 def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
     for seed in args.seeds.split(","):  # a mistyped flag ends it here, not in every run
-        parse_flags(train.make_parser(), [*theirs, "--seed", seed])
+        train.make_parser().parse_args([*theirs, "--seed", seed])
     if own := {"--resume", "--overwrite", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
         raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
     plans, failed = [" ".join(plan.split()) for plan in args.plans.split(";")], []
@@ -157,7 +157,7 @@ def setting(c: dict) -> str:
     usual = vars(train.resolve(train.make_parser().parse_args([f"--model={c['model']}"])))
     # a run may be older than a flag
     flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]
-    now = {k: getattr(train, k, getattr(data, k, None)) for k in c["constants"]}
+    now = {k: getattr(train, k, getattr(data, k, v)) for k, v in c["constants"].items()}  # or than the constant's end
     edited = [f"{k} = {v}" for k, v in c["constants"].items() if v != json.loads(json.dumps(now[k]))]
     source = [f"({c['base_source']})"] if c["base_source"] != c["base"] else []  # it may be another than its name says
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
@@ -436,7 +436,7 @@ def main(argv: list[str]) -> bool:
     if args.command == "run":
         return run_all(args, theirs)
     show = {"keep": keep, "table": make_table, "attention": show_attention, "curves": show_curves}
-    show[args.command](parse_flags(make_parser(), argv))
+    show[args.command](make_parser().parse_args(argv))
     return True
 
 

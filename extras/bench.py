@@ -28,7 +28,7 @@ from torch import Tensor
 import data
 import train
 from decode import Decoder
-from eval import Parser, number, parse_flags, run
+from eval import Parser, number, run
 from hatllm import InputError, layout
 from model import Llama, adapters, add_lora, hf_name, save_lora
 
@@ -317,7 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]):
-    args = parse_flags(make_parser(), argv)
+    args = make_parser().parse_args(argv)
     try:
         print(json.dumps({"decode": bench_decode, "train": bench_train, "cache": bench_cache}[args.mode](args)))
     except ModuleNotFoundError as e:

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import read_tokenizer
-from eval import Parser, parse_flags, run
+from eval import Parser, run
 from extras import gguf, prepare
 from hatllm import InputError
 from model import load, write_json
@@ -162,7 +162,7 @@ def movielens(archive, scratch, notes):
 def main(argv):
     p = Parser(description=__doc__)
     p.add_argument("name", choices=KNOWN)
-    name = parse_flags(p, argv).name
+    name = p.parse_args(argv).name
     fetch(name, "weights" if name == "smollm2-135m" else "data")
 
 

@@ -30,7 +30,7 @@ from torch.autograd import DeviceType
 
 import data
 import train
-from eval import Parser, device_and_dtype, number, parse_flags, run
+from eval import Parser, device_and_dtype, number, run
 from extras import bench
 from hatllm import PLAN, InputError, layout
 from model import Config, Llama, read_json, save, write_json
@@ -238,7 +238,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]):
-    args = parse_flags(make_parser(), argv)
+    args = make_parser().parse_args(argv)
     if args.stage == "all":
         return run_all(args)
     try:

@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import TIMES
-from eval import Parser, parse_flags, run
+from eval import Parser, run
 from hatllm import InputError
 
 NAMES = {  # what a column may be called, the most telling first; in small letters, without _ and the like
@@ -254,7 +254,7 @@ def main(argv):
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     for role in NAMES:
         parser.add_argument(f"--{role}", metavar="COLUMN", help=f"the column of {role}s, where its name does not tell")
-    args = parse_flags(parser, argv)
+    args = parser.parse_args(argv)
     given = {role: [vars(args)[role]] if vars(args)[role] else names for role, names in NAMES.items()}
     counts, notes = prepare(args.interactions, args.items, args.out, given)
     print(f"{args.out}: {counts}")

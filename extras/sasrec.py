@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from eval import NAMES, Parser, device_and_dtype, metrics, number, parse_flags, popularity, report, run, table
+from eval import NAMES, Parser, device_and_dtype, metrics, number, popularity, report, run, table
 from hatllm import InputError
 from model import write_json
 
@@ -172,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]):
-    args = parse_flags(make_parser(), argv)
+    args = make_parser().parse_args(argv)
     if args.history > data.HISTORY and args.split != "loo":
         raise InputError(f"--history {args.history}: at most {data.HISTORY}, or {MAX_LEN} under --split loo")
     d, device = data.load(args.data, args.split, args.core), device_and_dtype("float32", True)[0]

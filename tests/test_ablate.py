@@ -68,7 +68,7 @@ def test_what_is_run(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(ablate, "once", lambda place, argv: calls.append((place, argv)) or len(calls) < 8)
     for argv, message in (
-        ("--max_stepss=3", "--max_steps?"),
+        ("--max_stepss=3", "--max_stepss"),
         ("--overwrite", "--overwrite"),
         ("--plan=OR", "--plans"),
         ("--seed=1", "--seeds"),

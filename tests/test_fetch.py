@@ -54,8 +54,8 @@ def test_a_broken_download_is_a_sentence(host, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("config.json", b'{"error": "rate limit exceeded"}', "config.json: error is 'rate limit exceeded'"),
-    ("tokenizer.json", b"<html>please log in</html>", "tokenizer.json: cannot be read"),
+    ("config.json", b'{"error": "rate limit exceeded"}', "config.json: hidden_size"),
+    ("tokenizer.json", b"<html>please log in</html>", "tokenizer.json: not a tokenizer"),
     ("model.safetensors", b"0" * 99, "model.safetensors: damaged")])  # fmt: skip
 def test_what_arrives_is_read_before_it_counts(tmp_path, monkeypatch, name, content, words):
     base = write_base(tmp_path / "smollm2-135m.raw", write_data(tmp_path / "shop"))

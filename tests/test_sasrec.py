@@ -163,7 +163,7 @@ def test_learns_what_can_be_learnt(tmp_path, monkeypatch):
 
 
 def test_errors_are_sentences(tmp_path, monkeypatch):
-    for argv, word in (("--history 20", "--split loo"), ("--hiden 3", "--hidden")):
+    for argv, word in (("--history 20", "--split loo"), ("--hiden 3", "--hiden")):
         with pytest.raises(InputError, match=word):
             main(argv.split())
     monkeypatch.setattr(sasrec, "train_epoch", lambda *_: math.nan)
