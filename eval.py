@@ -209,7 +209,7 @@ def fingerprint(folder: str | Path) -> str:
 def read_run(out: Path) -> dict:
     """config.json of a run of train.py."""
     if not (out / "config.json").exists():
-        raise InputError(f"--out {out}: no run of train.py is there; choose another --out")
+        raise InputError(f"--out {out}: no run of train.py is there")
     if "digest" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: no run of train.py; a model's folder is given to train.py as --model")
     kinds = dict.fromkeys("split columns data_folder digest dtype plan loss base base_source base_digest".split(), str)

@@ -87,9 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what differs from the defaults")
-    add = p.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    add("--overwrite", action="store_true", help="replace the output folder")
     return p
 
 
@@ -452,24 +450,15 @@ def save_best(r: Run, step: int):
 
 
 def prepare_out(r: Run) -> int:
-    """Makes the run's folder with its config.json, or finds that the one there is this run's -> its lock. Nothing is
-    deleted: a run that --overwrite replaces is set aside."""
-    out, args = r.out, r.args
-    if args.resume:
-        check_same(eval.read_run(out), r)
-    elif out.exists() and any(p.suffix != ".part" for p in out.iterdir()):
-        eval.read_run(out)  # else it is no run of train.py, and is left alone
-        aside = out.with_name(out.name + ".replaced")
-        if not args.overwrite:
-            raise InputError(f"{out} exists: --resume goes on, --overwrite replaces it; or choose another --out")
-        if aside.exists():
-            raise InputError(f"{aside}, set aside by an earlier --overwrite, is still there; remove it first")
-        os.close(lock(out))  # else another process is writing there
-        out.rename(aside)
-        print(f"the run that was in {out} is in {aside} now")
-    out.mkdir(parents=True, exist_ok=True)
-    held = lock(out)
-    write_json(out / "config.json", r.config)
+    """Makes the run's folder with its config.json, or finds that the one there is this run's -> its lock. Nothing that
+    is there is ever deleted."""
+    if r.args.resume:
+        check_same(eval.read_run(r.out), r)
+    elif r.out.exists() and any(r.out.iterdir()):
+        raise InputError(f"{r.out} is not empty: --resume goes on with a run; else choose another --out, or remove it")
+    r.out.mkdir(parents=True, exist_ok=True)
+    held = lock(r.out)
+    write_json(r.out / "config.json", r.config)
     return held
 
 
@@ -485,7 +474,7 @@ def lock(out: Path) -> int:
 
 def check_same(old: dict, r: Run):
     """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
-    free = "constants resume overwrite out data data_folder model base base_source tokens".split()
+    free = "constants resume out data data_folder model base base_source tokens".split()
     was, now = (c | c["constants"] for c in (old, r.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
     if changed:

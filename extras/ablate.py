@@ -86,7 +86,7 @@ def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
     for seed in args.seeds.split(","):  # a mistyped flag ends it here, not in every run
         train.make_parser().parse_args([*theirs, "--seed", seed])
-    if own := {"--resume", "--overwrite", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
+    if own := {"--resume", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
         raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
     plans, failed = [" ".join(plan.split()) for plan in args.plans.split(";")], []
     todo = [(seed, name, plan) for seed in args.seeds.split(",") for name in args.data.split(",") for plan in plans]
@@ -153,7 +153,7 @@ def keep(args):
 
 def setting(c: dict) -> str:
     """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
-    free = "data model plan seed out tokens compile resume overwrite".split()
+    free = "data model plan seed out tokens compile resume".split()
     usual = vars(train.resolve(train.make_parser().parse_args([f"--model={c['model']}"])))
     # a run may be older than a flag
     flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]

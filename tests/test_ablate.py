@@ -69,7 +69,7 @@ def test_what_is_run(monkeypatch, tmp_path):
     monkeypatch.setattr(ablate, "once", lambda place, argv: calls.append((place, argv)) or len(calls) < 8)
     for argv, message in (
         ("--max_stepss=3", "--max_stepss"),
-        ("--overwrite", "--overwrite"),
+        ("--resume", "--resume"),
         ("--plan=OR", "--plans"),
         ("--seed=1", "--seeds"),
     ):
