@@ -14,7 +14,7 @@ import decode
 from data import Catalogue, Example, Trie
 from decode import Decoder
 from hatllm import TARGET, layout
-from model import Llama, save
+from model import Llama
 from train import full_nll, trie_nll
 
 SCORES = ("trie", "full")
@@ -207,27 +207,6 @@ def test_search_tells_the_score_of_a_target(plan, score):
         r = d.search(*prompts(), 5, 3, target=target)
         assert close(r.target, truth.gather(1, target[:, None])[:, 0])
         assert r.leaf.tolist() == plain.leaf.tolist() and close(r.score, plain.score, 1e-6)
-
-
-def test_full_scores_are_those_of_transformers(tmp_path):
-    """Its beam search under prefix_allowed_tokens_fn, with a beam as wide as the catalogue: lists and scores."""
-    t, (tokens, item) = trie(), prompts()
-    save(model("OR"), tmp_path)
-    theirs = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained(tmp_path)
-    ours = Decoder(model("OR"), t, "full").search(tokens, item, 10, 5)
-    paths = [t.path_token[t.start[x] : t.start[x + 1]].tolist() for x in range(t.n_leaves)]
-    for b, n in enumerate(LENGTHS):
-
-        def follow(_, text, n=n):
-            own = text[n:].tolist()
-            return sorted({p[len(own)] for p in paths if p[: len(own)] == own != p}) or [0]
-
-        out = theirs.generate(
-            tokens[b : b + 1, :n], num_beams=t.n_leaves, num_return_sequences=10, length_penalty=0, max_new_tokens=9,
-            prefix_allowed_tokens_fn=follow, eos_token_id=END, pad_token_id=0, do_sample=False,
-            output_scores=True, return_dict_in_generate=True)  # fmt: skip
-        found = [s[: s.index(END) + 1] for s in out.sequences[:, n:].tolist()]
-        assert found == [paths[leaf] for leaf in ours.leaf[b]] and close(out.sequences_scores, ours.score[b])
 
 
 def test_full_scores_in_half_precision():

@@ -186,19 +186,12 @@ def broken(token: int | None = None) -> Decoder:
 
 
 def test_scores_that_are_no_numbers_are_refused():
-    """Catches lists of nothing that are called exact."""
-    d, cat, _ = world()
-    for call in (lambda: recommend(broken(), cat, [[0], [1, 2]], flags()),
-                 lambda: ev.predict(broken(), cat, d, WINDOWS, flags())):  # fmt: skip
-        with refuses("not finite"):
-            call()
-
-
-def test_a_branch_that_is_not_a_number_is_not_exact():
+    """Catches lists of nothing that are called exact, and a branch that is not a number."""
     _, cat, _ = world()
     (red, *_) = cat.titles[0].tolist()  # titles that begin with it cannot be scored
-    with refuses("not finite"):
-        recommend(broken(red), cat, [[5, 7]], flags())
+    for decoder in (broken(), broken(red)):
+        with refuses("not finite"):
+            recommend(decoder, cat, [[5, 7]], flags())
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

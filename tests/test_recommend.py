@@ -129,12 +129,6 @@ def test_a_newer_catalogue(made, whole, tmp_path):
         Recommender(made, catalogue=path, only=table(tmp_path / "ids.txt", "i90", "i2"))
 
 
-def test_the_same_catalogue_changes_nothing(made, whole, tmp_path):
-    histories = [["i5", "i6"], ["i7"]]
-    again = Recommender(made, catalogue=Path(catalogue(made.parent / "shop", tmp_path / "same.tsv"))).top_k(histories)
-    assert again == whole.top_k(histories)
-
-
 def test_testing_among_candidates(made, own, capsys):
     """A window whose target is no candidate is dropped and counted; popularity ranks the candidates alone; the full
     results stay, as do those under another catalogue."""
