@@ -110,9 +110,9 @@ class Decoder:
         if self.states is None or source is None:
             return state, self.model(tokens, lay, cache, rows)
         x, c = self.after_closed_layers(tokens, item, source), self.model.config
-        unseen = x.new_zeros(1, 1, 1, 1).expand(len(item), c.num_key_value_heads, item.shape[1], c.head_dim)
+        none = x.new_zeros(len(item), c.num_key_value_heads, 0, c.head_dim)
         for layer in range(self.closed):
-            cache.extend(layer, unseen, unseen)  # a title does not look at the prompt there
+            cache.extend(layer, none, none)  # a title does not look at the prompt there
         return state, self.model.norm(self.model.blocks(x, lay, cache, first=self.closed, rows=rows))
 
     def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:

@@ -206,13 +206,14 @@ class Attention(nn.Module):
         return [rotate(q, cos_sin), rotate(k, cos_sin), v]
 
     def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores."""
+        """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores. The cache may lack the first
+        tokens, if none is seen here."""
         q, k, v = self.qkv(x, cos_sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         B, H, Tq, D = q.shape
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
-        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
+        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask[..., -k.shape[2] :])
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 

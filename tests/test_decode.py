@@ -267,7 +267,10 @@ def check_item_cache(m: Llama, cat: Catalogue, histories: list[list[int]]):
     cached.remember(cat.titles)
     assert (cached.states is not None) == (m.plan[0] == "IN-closed")
     with torch.inference_mode():
-        assert close(cached.prefill(tokens, item, source)[1], plain.prefill(tokens, item)[1])
+        state, h = cached.prefill(tokens, item, source)
+        assert close(h, plain.prefill(tokens, item)[1])
+    kept = [k.shape[2] for k in state.cache.k]  # of the prompt, by layer
+    assert [n == 0 for n in kept] == [i < cached.closed for i in range(len(kept))]
     target = torch.arange(len(histories))
     a, b = (d.search(tokens, item, 5, source=s, target=target) for d, s in ((plain, None), (cached, source)))
     assert a.leaf.tolist() == b.leaf.tolist() and close(a.score, b.score) and close(a.target, b.target)
