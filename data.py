@@ -99,7 +99,7 @@ def read_times(where: str, text: str, n: int) -> list[float]:
 def read_ids(where: str | Path, text: str, index: dict[str, int], least: int) -> list[int]:
     ids = text.split()
     if unknown := [i for i in ids if i not in index]:
-        raise InputError(f"{where}: item {unknown[0]} is not in the catalogue (items.tsv, or that of --catalogue)")
+        raise InputError(f"{where}: item {unknown[0]} is not in the catalogue; see --core and --catalogue")
     if len(ids) < least:
         raise InputError(f"{where}: {len(ids)} items, but {least} are needed")
     return [index[i] for i in ids]
@@ -427,7 +427,7 @@ class Catalogue:
         encoded = self.bos, self.head, self.separator, self.header, *self.titles, *self.texts
         if (most := max(int(tokens.max(initial=0)) for tokens in encoded)) >= c.vocab_size:
             raise InputError(f"the tokenizer has a token {most}, but the model has {c.vocab_size}; are they a pair?")
-        for text, tokens in zip((*titles, *texts), encoded[4:], strict=True):
+        for text, tokens in zip((*titles, *texts), encoded[4:], strict=True):  # after those of the prompt
             if not len(tokens) or c.eos_token_id in tokens:
                 what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
                 raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")

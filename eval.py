@@ -42,7 +42,7 @@ from model import Llama, adapters, check_type, load, load_lora, merge_lora, read
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
 NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
-SEEN = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, math.inf)}  # slices: how often a target is learnt
+SEEN = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, math.inf)}  # slices of the report: times in training
 USERS = 4096  # histories of a file that are in memory at a time
 TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: about 1,000 users on a GPU
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam

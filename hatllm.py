@@ -42,7 +42,8 @@ def parse_plan(text: str, n_layers: int) -> list[str]:
         kind, colon, count = part.partition(":")
         if kind not in KINDS:
             raise InputError(f"plan '{text}': unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
-        if not (re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else None not in sizes):
+        fits = re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else None not in sizes
+        if not fits:
             raise InputError(f"plan '{text}': '{part}' needs a count, {kind}:8 or {kind}:1/4; one kind may go without")
         layers = Fraction(count) * (n_layers if "/" in count else 1) if colon else None
         kinds.append(kind)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from hatllm import InputError, Layout, parse_plan, shorten
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-FIXED = dict(  # of config.json, see refuse_others
+FIXED = dict(  # keys of config.json that change the computation, and the one value known here
     hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, rope_interleaved=False,
     partial_rotary_factor=1.0, pretraining_tp=1, quantization_config={},
 )  # fmt: skip
-PLAIN_LORA = dict(  # of adapter_config.json
+PLAIN_LORA = dict(  # the same of adapter_config.json
     peft_type="LORA", bias="none", use_rslora=False, use_dora=False, rank_pattern={}, alpha_pattern={},
     fan_in_fan_out=False, layers_to_transform=[], init_lora_weights=True, alora_invocation_tokens=[],
 )  # fmt: skip
@@ -53,7 +53,7 @@ def check_type(path: Path, key: str, value, kind: type, least: float = -math.inf
 
 
 def refuse_others(path: Path, found: dict, fixed: dict):
-    """fixed: keys that would change the computation, and the one value of each that is known here."""
+    """fixed: keys, and the one value of each that is known here."""
     for key, value in fixed.items():
         if found.get(key) not in (None, value):
             raise InputError(f"{path}: {key} is {found[key]!r:.60}, but only {value!r} is known here")
@@ -63,8 +63,12 @@ def write_json(path: Path, value):
     """Whole or not at all. A list is written line by line."""
     text = "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value, indent=1)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, "utf-8")
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({e})") from e
 
 
 # --- The model ------------------------------------------------------------------------------------------------------
@@ -124,7 +128,8 @@ def read_rope(path: Path, found: dict) -> dict:
     scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
     check_type(path, "rope_scaling", scaling, dict)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3") or scaling.get("partial_rotary_factor", 1.0) != 1.0:
+    by_layer = any(isinstance(value, dict) for value in scaling.values())
+    if kind not in ("default", "llama3") or by_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{path}: rope scaling {scaling!r:.200} is not known here, only the types default and llama3")
     for key in LLAMA3 if kind == "llama3" else ():
         check_type(path, key, scaling.get(key), float, 1e-12)
@@ -207,13 +212,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores. The cache may lack the first
-        tokens, if none is seen here."""
+        tokens if the new ones see none of them in this layer."""
         q, k, v = self.qkv(x, cos_sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         B, H, Tq, D = q.shape
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
-        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask[..., -k.shape[2] :])
+        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask[..., -k.shape[2] :].contiguous())
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 
@@ -321,7 +326,7 @@ class LoRALinear(Linear):
         """One layer with the weight W + B A alpha / r."""
         delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r)
         one = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        one.weight, one.bias = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype)), self.bias
+        one.weight, one.bias = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype), False), self.bias
         return one
 
 
@@ -441,7 +446,7 @@ def save_lora(model: Llama, folder: str | Path, base: str = ""):
 
 
 def load_lora(model: Llama, folder: str | Path) -> Llama:
-    """Adds the adapters of a folder that save_lora or peft wrote."""
+    """Adds the adapters of a folder that save_lora wrote, or peft with its plain LoRA."""
     path, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     c = read_json(path, {"r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": list})
     refuse_others(path, c, PLAIN_LORA)

@@ -304,6 +304,9 @@ def train(r: Run) -> bool:
             if not (due or (step + 1) % r.look_every == 0):
                 continue
             (state["losses"], stop), recent = look(r, state["losses"], recent, bool(asked)), []
+            last = state["losses"][-LOOK_EVERY:]
+            if (due or len(last) == LOOK_EVERY) and not any(map(math.isfinite, last)):
+                raise InputError(f"no loss is finite any more; what {r.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
             state |= {"step": step + 1, "seconds": before + seconds}
             bar.set_postfix_str(f"loss {np.nanmean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
@@ -326,8 +329,7 @@ def look(r: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tupl
     found = [loss if math.isfinite(norm) else math.nan for loss, norm in values]
     if (lost := sum(map(math.isnan, found))) and r.world.rank == 0:
         tqdm.write(f"{lost} of the last {len(found)} updates had a loss or a gradient that is not finite: left out")
-    losses = losses + found
-    return losses, asked > 0
+    return losses + found, asked > 0
 
 
 def merit(line: dict) -> list[float]:
@@ -337,8 +339,6 @@ def merit(line: dict) -> list[float]:
 
 def log(r: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
-    if not any(map(math.isfinite, state["losses"])):
-        raise InputError(f"no loss is finite any more; the newest checkpoint in {r.out} is sound; try a lower --lr")
     line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(r) | speed
     better = merit(line) > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}

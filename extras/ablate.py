@@ -114,9 +114,13 @@ def run_all(args, theirs: list[str]) -> bool:
 
 def read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); eval.py writes predictions anew") from None
+        raise InputError(f"{path}: cannot be read ({e})") from None
+    needed = ("step", *LEARNT) if path.name == "metrics.jsonl" else ("user", "target", "nll", "seen", "popularity")
+    if not lines or any(set(needed) - line.keys() for line in lines):
+        raise InputError(f"{path}: empty or old, eval.py writes predictions anew; each line has {', '.join(needed)}")
+    return lines
 
 
 def record(place: Path, note: str = "") -> dict:
@@ -246,7 +250,7 @@ def make_table(args):
     """Of the finished runs in a folder, and of the records there."""
     out, groups, made = Path(args.out), {}, []
     least, most = args.seen or (0, np.inf)
-    places = [p.parent for p in out.glob("*/metrics.jsonl") if p.parent.suffix != ".replaced" and finished(p.parent)]
+    places = [p.parent for p in out.glob("*/metrics.jsonl") if finished(p.parent)]
     for place in sorted([*places, *out.glob("*.run.json")]):
         r = read_run(place, least, most)
         groups.setdefault((setting(r), r["digest"], r["base_digest"]), []).append(r)

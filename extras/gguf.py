@@ -5,6 +5,7 @@ wheel by its sha256, so the file is one and the same for all, and nothing is che
 """
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -14,10 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 STRING, ARRAY = 8, 9  # types of metadata; the others are numbers
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
 CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", hidden_size=576, intermediate_size=1536,
-    num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192,
-    rope_theta=100000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    torch_dtype="float32",
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+    max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-05, head_dim=64,
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", bos_token_id=1, eos_token_id=2,
+    vocab_size=49152, tie_word_embeddings=True, torch_dtype="float32",
 )  # fmt: skip
 NAMES = {  # a part of GGUF's name: Hugging Face's
     "token_embd": "model.embed_tokens",
@@ -91,13 +92,13 @@ def convert(path, folder):
     """The GGUF file -> the three files in a folder."""
     meta, tensors = read(path)
     data, state = np.memmap(path, np.uint8, "r"), {}
-    half = CONFIG["hidden_size"] // CONFIG["num_attention_heads"] // 2
     for name, (kind, shape, start) in tensors.items():
         array = dequantise(data[start:], kind, shape)
         if "attn_q" in name or "attn_k" in name:  # the rotary order: pairs side by side -> half after half
-            array = array.reshape(-1, half, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+            array = array.reshape(-1, CONFIG["head_dim"] // 2, 2, shape[1]).swapaxes(1, 2).reshape(shape)
         state[".".join(NAMES.get(part, part) for part in name.split("."))] = np.ascontiguousarray(array)
     # 4 bits times a scale plus a minimum fit fp32: bf16 would round a second time
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", 0o644)  # safetensors leaves it to its owner alone
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     smollm_tokenizer(meta).save(str(folder / "tokenizer.json"))

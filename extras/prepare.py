@@ -162,13 +162,14 @@ def read_interactions(path, notes, given=NAMES):
     for where, row in rows(path, notes):
         column = column or find_columns(where, row, given, ("user", "item", "time"))
         user, item, time = (row.get(column[role]) for role in ("user", "item", "time"))
-        user, item, time = " ".join(bare(user).split()), sys.intern(bare(item)), seconds(time)
+        user, item, time = bare(user), sys.intern(bare(item)), seconds(time)
         if not user or not item:
             note(notes, "interactions without a user or an item are left out", where)
         elif time is None:
             note(notes, "interactions whose time is no ISO 8601 date and no number from 1970 on are left out", where)
-        elif item.split() != [item]:
-            raise InputError(f"{where}: an item id with a space in it ({item!r:.40}); write it without, in both files")
+        elif item.split() != [item] or "\t" in user or len(user.splitlines()) > 1:
+            what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
+            raise InputError(f"{where}: {what}; write them without, in both files")
         else:
             events = users.setdefault(user, {})
             if (time, item) in events:

@@ -57,7 +57,7 @@ def test_a_broken_download_is_a_sentence(host, tmp_path):
     ("config.json", b'{"error": "rate limit exceeded"}', "config.json: hidden_size"),
     ("tokenizer.json", b"<html>please log in</html>", "tokenizer.json: not a tokenizer"),
     ("model.safetensors", b"0" * 99, "model.safetensors: damaged")])  # fmt: skip
-def test_what_arrives_is_read_before_it_counts(tmp_path, monkeypatch, name, content, words):
+def test_what_arrives_is_read_before_it_counts(tmp_path, name, content, words):
     base = write_base(tmp_path / "smollm2-135m.raw", write_data(tmp_path / "shop"))
     (base / name).write_bytes(content)
     with pytest.raises(InputError, match=words):

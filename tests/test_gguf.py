@@ -61,7 +61,7 @@ META = {
     "tokenizer.ggml.merges": (ARRAY, (STRING, [", t", "t h", "th e", "Ġ the", "1 2"])),
 }
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=len(TOKENS))  # fmt: skip
+             head_dim=8, vocab_size=len(TOKENS))  # fmt: skip
 
 
 def test_the_model_and_the_tokenizer_come_back(tmp_path, monkeypatch):

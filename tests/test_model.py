@@ -288,7 +288,7 @@ WRONG = dict(
     num_hidden_layers=[10_000_000, -1, 0, "2"], num_attention_heads=[0, 3, {}], num_key_value_heads=[0, 3, -2, 8],
     head_dim=[7, -8, "8", 1e999], rms_norm_eps=["1e-6", -1.0, float("nan")], max_position_embeddings=["x"],
     rope_parameters=[[1], "x", {"rope_type": ["default"]}, {"rope_type": "yarn", "factor": 4.0}]
-    + [{"type": "linear", "factor": 2.0}]
+    + [{"type": "linear", "factor": 2.0}, {"full_attention": LLAMA3, "sliding_attention": LLAMA3}]
     + [{"rope_type": "default", "partial_rotary_factor": 0.5}, {"rope_type": "llama3", "factor": 8.0}]
     + [LLAMA3 | x for x in ({"factor": 0.0}, {"factor": "8"})]
     + [{"rope_type": "default", "rope_theta": theta} for theta in (None, "1e4", 0, -1.0, float("inf"))],

@@ -157,7 +157,7 @@ BAD = [  # interactions, items, what the sentence names
     ("196\t242\t3\t881250949\n1\t2\t3\t4\n", "", ["r.csv", "--user"]), (GOOD + "u,a\n", "", ["r.csv, line 3", "3 col"]),
     (GOOD + "u,a,1,2\n", "", ["r.csv, line 3", "3 col"]), ("user,item,time,user\nu,a,1,v\n", "", ["line 1", "twice"]),
     (GOOD + 'u,"a"b,1\n', "", ["r.csv, line 3", "quote"]), (GOOD + 'u,"a', "", ["r.csv, line 3", "quote"]),
-    (GOOD + "u,a b,1\n", "", ["r.csv, line 3", "a b", "space"]),
+    (GOOD + "u,a b,1\n", "", ["r.csv, line 3", "a b", "space"]), (GOOD + '"u\tv",a,1\n', "", ["r.csv, line 3", "tab"]),
     ('{"user": "u", "item": "a", "time": 1}\n["user"]\n', "", ["r.csv, line 2", "JSON"]),
     ('[{"user": "u",\n', "", ["r.csv, line 1", "JSON"]),
     (GOOD, "{'asin': 'a', 'title': 'open\n", ["i.csv, line 1", "JSON"]),
