@@ -49,7 +49,6 @@ LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ["q_proj", "v_proj"]  # linear layers that get adapters
 RATES = {"scratch": 1e-3, "full": 1e-4, "lora": 3e-4}  # peak learning rate
 DROPOUT = {"scratch": 0.1, "full": 0.0, "lora": 0.0}  # on the embeddings and both branches of a block
-SMOOTHING = {"scratch": 0.1, "full": 0.0, "lora": 0.0}  # of labels: see trie_nll
 WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls as a cosine to a tenth
 BETAS = [0.9, 0.95]  # of AdamW
 WEIGHT_DECAY = 0.01  # on matrices
@@ -100,16 +99,13 @@ def resolve(args):
         other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
         more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
         args.out = "-".join([f"out/{Path(args.data).name}", Path(args.model).name, *more])
-    kind = kind_of(args)
-    args.lora = args.lora if kind == "lora" else 0
-    args.targets = args.targets if args.targets != "auto" else "all" if kind == "scratch" else "last"
+    scratch = args.model == "tiny"
+    args.lora = 0 if scratch else args.lora
+    args.targets = args.targets if args.targets != "auto" else "all" if scratch else "last"
+    kind = "scratch" if scratch else "lora" if args.lora else "full"
     args.lr = args.lr or RATES[kind]
     args.dropout = DROPOUT[kind] if args.dropout is None else args.dropout
     return args
-
-
-def kind_of(args) -> str:
-    return "scratch" if args.model == "tiny" else "lora" if args.lora else "full"
 
 
 def slug(value) -> str:
@@ -120,21 +116,18 @@ def slug(value) -> str:
 # --- The losses -----------------------------------------------------------------------------------------------------
 
 
-def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
+def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
     """Masked softmax (MSL, SIGIR 2025, eq. 5): (R,) -log of the next token among those that continue some title, after
-    h (R, d). columns (C,): the tokens of all titles. smoothing: share of the target's weight that all of them have."""
+    h (R, d). columns (C,): the tokens of all titles."""
     z = model.logits(h, columns) / TAU  # (R, C)
     hidden = torch.ones_like(z, dtype=torch.bool)
     hidden[b.row, b.column] = False
-    logp = z.masked_fill(hidden, -torch.inf).log_softmax(1)
-    own = logp.gather(1, b.next[:, None])[:, 0]
-    every = logp.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
-    return (smoothing - 1) * own - smoothing * every
+    return F.cross_entropy(z.masked_fill(hidden, -torch.inf), b.next, reduction="none")
 
 
-def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
+def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
     """(R,) -log of the next token among the whole vocabulary, after h (R, d)."""
-    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none")
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -163,7 +156,7 @@ class Run:
         c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
         if gpu and not args.tokens:  # half of the free memory, of which a layer keeps about 64 d bytes a token
             self.tokens = torch.cuda.mem_get_info()[0] // (128 * c.hidden_size * c.num_hidden_layers)
-        self.look_every, self.smoothing = LOOK_EVERY if gpu else 1, SMOOTHING[kind_of(args)]
+        self.look_every = LOOK_EVERY if gpu else 1
         self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
@@ -248,9 +241,9 @@ def make_step(r: Run, coded: list[dict], scale: float) -> Step:
 
 
 def loss_of(r: Run, b: Batch) -> Tensor:
-    """Sum of the loss over the target tokens of a batch. Logits are computed where there is a target only."""
+    """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
     h = r.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
-    return (trie_nll if r.args.loss == "msl" else full_nll)(r.model, r.columns, h, b, r.smoothing).sum()
+    return (trie_nll if r.args.loss == "msl" else full_nll)(r.model, r.columns, h, b).sum()
 
 
 def update(r: Run, step: int, batch: Step, lr: float) -> Tensor:

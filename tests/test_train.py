@@ -480,9 +480,8 @@ def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> flo
     return float(train.update(r, n, batch, lr)[0])
 
 
-def brute_force(r: train.Run, some: list[Example], smoothing: float) -> tuple[torch.Tensor, int]:
-    """Sum of the loss and number of the title tokens: one text after the other, all logits, the titles looked through.
-    smoothing: the share of the label that goes evenly to all tokens that the softmax is over."""
+def brute_force(r: train.Run, some: list[Example]) -> tuple[torch.Tensor, int]:
+    """Sum of -log p and number of the title tokens: one text after the other, all logits, the titles looked through."""
     total, n, paths = 0.0, 0, [[*title.tolist(), 0] for title in r.cat.titles]
     for history, k, target in [(e.history, k, target) for e in some for k, target in e.targets]:
         (tokens, item), title = r.cat.prompt(history[:k]), paths[target]
@@ -490,9 +489,11 @@ def brute_force(r: train.Run, some: list[Example], smoothing: float) -> tuple[to
         z = r.model.logits(r.model(text, layout(items)))[0, len(tokens) - 1 :]
         for j, token in enumerate(title):
             n += 1
-            over = [*range(len(z[j]))] if r.args.loss == "lml" else sorted({p[j] for p in paths if p[:j] == title[:j]})
-            logp = (z[j, over] / (1 if r.args.loss == "lml" else train.TAU)).log_softmax(0)
-            total = total - (1 - smoothing) * logp[over.index(token)] - smoothing * logp.mean()
+            if r.args.loss == "lml":
+                total = total + F.cross_entropy(z[j], torch.tensor(token))
+            else:
+                may_follow = sorted({p[j] for p in paths if p[:j] == title[:j]})
+                total = total + torch.logsumexp(z[j, may_follow] / train.TAU, 0) - z[j, token] / train.TAU
     return total, n
 
 
@@ -503,7 +504,7 @@ def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, shop, monkeypatch
     counts, branches of a history that see each other, and clipping by value, parameter or micro-batch."""
     monkeypatch.setattr(train, "TAU", tau)
     r = make_run(shop, tokens=100, **flags)
-    total, n = brute_force(r, r.pool[:4], r.smoothing)
+    total, n = brute_force(r, r.pool[:4])
     want = torch.autograd.grad(total / n, r.params)
     norm, seen = math.sqrt(sum(float(g.norm()) ** 2 for g in want)), []
     r.optimizer.step = lambda: seen.append([p.grad.clone() for p in r.params])
@@ -545,7 +546,7 @@ def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
     r.args.seed, r.args.batch = 3, 2
     assert train.validate(r) == first and r.model.training and seen[0] == seen[1]  # so that runs can be compared
     r.model.eval()
-    assert first["valid_nll"] == pytest.approx(brute_force(r, data.window_examples(seen[0]), 0)[0].item() / 7)
+    assert first["valid_nll"] == pytest.approx(brute_force(r, data.window_examples(seen[0]))[0].item() / 7)
 
 
 class Kernels(TorchDispatchMode):
