@@ -47,7 +47,8 @@ COLUMNS = (*eval.NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
 LEARNT = ("loss", "valid_nll", "valid_NDCG@10")  # what `curves` shows of metrics.jsonl
 PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
 NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
-mean over seeds, 95% bootstrap interval over users, which says nothing about what other seeds would change"""
+and in brackets a 95% bootstrap interval over users, which says nothing about other seeds: a small one beside a large
+deviation over seeds proves nothing"""
 GROUPS = ("header", "title", "history")  # queries: the token before the title, the title's, the history items'
 PARTS = ("within", "across", "context", "first")  # keys: the same item, other items, context, the text's first token
 
@@ -206,9 +207,10 @@ def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
             raise InputError(f"{a['place']} and {b['place']} were tested on different windows; evaluate one again")
     if not pairs:
         return None
-    difference = np.mean([a[name] - b[name] for a, b in pairs], 0)  # (N,)
-    low, high = interval(difference, pairs[0][0]["user"])
-    return {"mean": difference.mean(), "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
+    each = np.array([a[name] - b[name] for a, b in pairs])  # (seeds, N)
+    low, high = interval(each.mean(0), pairs[0][0]["user"])
+    std = each.mean(1).std(ddof=1) if len(pairs) > 1 else None
+    return {"mean": each.mean(), "std": std, "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
 
 
 def rows_of(runs: list[dict], out: Path) -> list[dict]:
@@ -241,7 +243,8 @@ def markdown(title: str, notes: list[str], n: int, rows: list[dict]) -> str:
             std = f" ± {v['std']:.4f}" if v and v["std"] is not None else ""
             cells.append(f"{v['mean']:.4f}{std}" if v else "")
         for x in (r.get("difference", {}).get(name) for name in PAIRED):
-            cells.append(f"{x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "")
+            std = f" ± {x['std']:.4f}" if x and x["std"] is not None else ""
+            cells.append(f"{x['mean']:+.4f}{std} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -160,7 +160,9 @@ def test_table_by_hand(tmp_path):
         low, high = ablate.interval(difference, [u for u, _ in windows])
         found = rows["IN OR:1"]["difference"][name]
         assert [found["mean"], found["low"], found["high"]] == pytest.approx([difference.mean(), low, high])
-        assert found["seeds"] == [0, 1] and f"| {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] |" in text
+        c, d = (other - plain)[:, at].mean(1)
+        assert found["seeds"] == [0, 1] and found["std"] == pytest.approx(abs(c - d) / 2**0.5)
+        assert f"| {difference.mean():+.4f} ± {found['std']:.4f} [{low:+.4f}, {high:+.4f}] |" in text
     own = [{6: 1, 5: 2 / 3}.get(int(t[1:]) % 7, 0) for _, t in windows]  # 3 items occur 6 times, 3 occur 5 times
     assert rows["popularity"]["metrics"]["HR@5"]["mean"] == pytest.approx(np.mean(own))
 
