@@ -284,11 +284,12 @@ def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequ
     windows = [w for part in rows.values() for w in part]
     kept = sorted({i for s in sequences for i in s} | {i for w in windows for i in (*w.history, w.target)})
     new = {old: i for i, old in enumerate(kept)}
+    parts = {}
     for name, part in rows.items():
-        rows[name] = [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
+        parts[name] = [w._replace(history=[new[i] for i in w.history], target=new[w.target]) for w in part]
     ids, (titles, texts) = [*items], zip(*items.values(), strict=True)
     columns = ([column[i] for i in kept] for column in (ids, titles, texts))
-    return Dataset(folder, *columns, sequences=[[new[i] for i in s] for s in sequences if s], **rows)
+    return Dataset(folder, *columns, sequences=[[new[i] for i in s] for s in sequences if s], **parts)
 
 
 def renew(d: Dataset, path: Path, columns: str) -> tuple[Dataset, list[int]]:

@@ -216,9 +216,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos_sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+            mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
         B, H, Tq, D = q.shape
         # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
-        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask[..., -k.shape[2] :].contiguous())
+        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
 

@@ -209,8 +209,8 @@ def against(runs: list[dict], plain: list[dict], name: str) -> dict | None:
         return None
     each = np.array([a[name] - b[name] for a, b in pairs])  # (seeds, N)
     low, high = interval(each.mean(0), pairs[0][0]["user"])
-    std = each.mean(1).std(ddof=1) if len(pairs) > 1 else None
-    return {"mean": each.mean(), "std": std, "low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
+    seeds = over_seeds([{name: value} for value in each.mean(1)])[name]
+    return seeds | {"low": low, "high": high, "seeds": [a["seed"] for a, _ in pairs]}
 
 
 def rows_of(runs: list[dict], out: Path) -> list[dict]:
@@ -233,18 +233,19 @@ def rows_of(runs: list[dict], out: Path) -> list[dict]:
     return rows
 
 
+def mean_std(v: dict | None, form: str = ".4f") -> str:
+    return "" if v is None else f"{v['mean']:{form}}" + (f" ± {v['std']:.4f}" if v["std"] is not None else "")
+
+
 def markdown(title: str, notes: list[str], n: int, rows: list[dict]) -> str:
     head = ["plan", "seeds", *COLUMNS, *(f"{name} - all-OR" for name in PAIRED)]
     notes = "".join(f"; {note}" for note in notes)
     lines = [f"## {title}\n\n{n:,} test windows{notes}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
-        for v in (r["metrics"].get(name) for name in COLUMNS):
-            std = f" ± {v['std']:.4f}" if v and v["std"] is not None else ""
-            cells.append(f"{v['mean']:.4f}{std}" if v else "")
+        cells += [mean_std(r["metrics"].get(name)) for name in COLUMNS]
         for x in (r.get("difference", {}).get(name) for name in PAIRED):
-            std = f" ± {x['std']:.4f}" if x and x["std"] is not None else ""
-            cells.append(f"{x['mean']:+.4f}{std} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "")
+            cells.append(f"{mean_std(x, '+.4f')} [{x['low']:+.4f}, {x['high']:+.4f}]" if x else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

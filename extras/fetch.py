@@ -139,8 +139,8 @@ def write_dataset(paths, folder):
     """Raw files -> items.tsv.gz and sequences.tsv.gz; returns the counts in words."""
     notes = {}
     titles, users = movielens(*paths, folder.parent, notes) if len(paths) == 1 else amazon(*paths, notes)
-    for what in (what for what in notes if what.startswith("interactions")):
-        raise InputError(f"{notes[what][1]}: {what}; published files have none of these")
+    if lost := [f"{where}: {what}" for what, (_, where) in notes.items() if what.startswith("interactions")]:
+        raise InputError(f"{lost[0]}; published files have none of these")
     return prepare.write(folder, {item: {"title": title} for item, title in titles.items()}, users)
 
 

@@ -153,3 +153,13 @@ def test_amazon(tmp_path):
     # user 1 is U2: C3 first, then A1 before B9 (one day, ASIN order), B9 once
     sequences = "user_id\titem_ids\ttimestamp\n1\t3 2 1\t100 200 200\n2\t1 4\t100 300\n"
     assert table(place / "sequences.tsv.gz") == sequences
+
+
+def test_published_files_lose_no_interaction(tmp_path):
+    """Such a file is damaged: a data set without its lines would be another one under the same name."""
+    amazon_files(tmp_path / "beauty.raw", [*REVIEWS, "U1 B9 null"])
+    with pytest.raises(InputError, match=r"reviews_Beauty_5\.json\.gz, line 7"):
+        fetch.fetch("beauty", tmp_path)
+    (tmp_path / "beauty").mkdir()
+    with pytest.raises(InputError, match="beauty is there without source.json"):
+        fetch.fetch("beauty", tmp_path)
