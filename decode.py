@@ -265,5 +265,6 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired:
     p.deferred = p.deferred | (now & ~beam)
     kind = 3 - 3 * kept.long() - 2 * (turn < NEVER).long() + beam.long()  # 0 title, 1 waits, 2 beam, 3 nothing
     by_kind = torch.argsort(kind, stable=True)
-    parts = by_kind.split(torch.bincount(kind, minlength=4).tolist())
+    sizes = (kind == torch.arange(4, device=kind.device)[:, None]).sum(1)  # bincount would wait twice more
+    parts = by_kind.split(sizes.tolist())
     return *(p[at] for at in parts[:3]), given_up

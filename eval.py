@@ -181,6 +181,7 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
         device = torch.device("cuda", torch.cuda.current_device())  # with its number, for threads
         # TF32 for what stays in fp32, as the head's product: exact for numbers out of bfloat16
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for half a second, for every new length of a text
     return device, getattr(torch, dtype)
 
 

@@ -243,12 +243,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(dropout)  # of both branches, before they join the residual stream
-        self.compiled = self.compute  # train.py --compile replaces it: decoding has too many shapes to be compiled
+        self.compiled = None  # of `compute`, by train.py --compile: decoding has too many shapes to be compiled
 
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on."""
         mask = layout.additive_mask(self.kind, self.G, x.dtype)  # all of HatLLM: what this layer's tokens may look at
-        compute = self.compiled if cache is None and torch.is_grad_enabled() else self.compute
+        compute = (torch.is_grad_enabled() and self.compiled) or self.compute
         return compute(x, cos_sin, mask, cache, rows)
 
     def compute(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:

@@ -121,7 +121,7 @@ def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
     h (R, d). columns (C,): the tokens of all titles."""
     z = model.logits(h, columns) / TAU  # (R, C)
     hidden = torch.ones_like(z, dtype=torch.bool)
-    hidden[b.row, b.column] = False
+    hidden.index_put_((b.row, b.column), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
     return F.cross_entropy(z.masked_fill(hidden, -torch.inf), b.next, reduction="none")
 
 
@@ -154,8 +154,10 @@ class Run:
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         gpu = self.device.type == "cuda"
         c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
-        if gpu and not args.tokens:  # half of the free memory, of which a layer keeps about 64 d bytes a token
-            self.tokens = torch.cuda.mem_get_info()[0] // (128 * c.hidden_size * c.num_hidden_layers)
+        if gpu and not args.tokens:  # half of the free memory; a layer keeps about 32 d numbers a token
+            self.tokens = torch.cuda.mem_get_info()[0] // (
+                64 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
+            )
         self.look_every = LOOK_EVERY if gpu else 1
         self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
         self.params = [p for p in self.model.parameters() if p.requires_grad]

@@ -71,7 +71,8 @@ def finished(place: Path) -> bool:
 
 def once(place: Path, argv: list[str]) -> bool:
     """A run of train.py in place, from where it stands -> False if it was asked to stop."""
-    gc.collect()  # a model refers to itself, so that the last run's holds its memory until now
+    gc.collect()  # an optimizer refers to itself, so that the last run holds its memory until now
+    torch.cuda.empty_cache()  # train.py looks at what is free
     argv = [*argv, "--out", str(place), *(["--resume"] if (place / "config.json").exists() else [])]
     args = train.resolve(train.make_parser().parse_args(argv))
     if finished(place):

@@ -181,7 +181,7 @@ def bench_decode(args) -> dict:
         ours = Decoder(r.model, r.cat.trie, score)
         for beam in args.beams:
             rows += compare(ours, generate, score, prompts, beam, args.rounds)
-    show(rows)
+            show(rows[-3:])
     print(" ".join(agreement.__doc__.split()))
     return head | {"rows": rows}
 
@@ -232,13 +232,9 @@ def finetuner(r: train.Run, theirs, tokens: int):
         with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
             return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    def step(examples: list[data.Example], lr: float) -> tuple[float, int]:
-        """-> the loss, how many tokens were read. Every target has a prompt of its own."""
-        texts, labels, total = [], [], torch.zeros((), device=r.device)
-        for history, target in [(e.history[:k], target) for e in examples for k, target in e.targets]:
-            prompt, title = r.cat.prompt(history)[0], np.append(r.cat.titles[target], eos)
-            texts.append(np.append(prompt, title))
-            labels.append(np.append(0 * prompt - 100, title))
+    def step(encoded: list[tuple], lr: float) -> tuple[float, int]:
+        """-> the loss, how many tokens were read."""
+        (texts, labels), total = zip(*encoded, strict=True), torch.zeros((), device=r.device)
         size, n = [len(text) for text in texts], sum((own >= 0).sum() for own in labels)
         for part in data.batches(size, tokens or len(size) * max(size)):
             own = [labels[i] for i in part]
@@ -254,11 +250,19 @@ def finetuner(r: train.Run, theirs, tokens: int):
     return step
 
 
-def our_step(r: train.Run, examples: list[data.Example], lr: float) -> tuple[float, int]:
+def our_step(r: train.Run, encoded: list[dict], lr: float) -> tuple[float, int]:
     """-> the loss, how many tokens were read. The targets of an example share its history."""
-    coded = [data.encode(r.cat, e, False) for e in examples]
-    batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, examples))
+    batch = train.make_step(r, encoded, 1 / sum(len(e["next"]) for e in encoded))
     return float(train.update(r, 0, batch, lr)[0]), batch.tokens
+
+
+def encode_alone(cat: data.Catalogue, examples: list[data.Example], eos: int) -> list[tuple]:
+    """text, labels for every target: it has a prompt of its own."""
+    out = []
+    for history, target in [(e.history[:k], target) for e in examples for k, target in e.targets]:
+        prompt, title = cat.prompt(history)[0], np.append(cat.titles[target], eos)
+        out.append((np.append(prompt, title), np.append(0 * prompt - 100, title)))
+    return out
 
 
 def mfu(model: Llama, tokens_per_s: float, machine: str) -> float | None:
@@ -278,13 +282,16 @@ def bench_train(args) -> dict:
     r.model.train()
     r.params = [p for p in r.model.parameters() if p.requires_grad]
     r.optimizer = torch.optim.AdamW(r.params, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY, fused=True)
-    steps = {"transformers" + " + peft" * (args.lora > 0): finetuner(r, theirs, args.tokens)}
-    steps["ours"] = lambda *a: our_step(r, *a)
+    name, their_step = "transformers" + " + peft" * (args.lora > 0), finetuner(r, theirs, args.tokens)
     peak = train.RATES["lora" if args.lora else "full"]
     for targets, n, lr in (("last", args.batch, peak), ("all", max(1, args.batch // 4), 0.0)):
         pool = data.examples(r.d, targets)
         chosen = [[pool[i] for i in at] for at in rng.integers(len(pool), size=(args.rounds, n))]
-        sides = {f"{name}, {targets}": lambda i, f=f, x=chosen, lr=lr: f(x[i], lr) for name, f in steps.items()}
+        # both sides encode beforehand, as train.py does while the device works
+        alone = [encode_alone(r.cat, part, r.model.config.eos_token_id) for part in chosen]
+        shared = [[data.encode(r.cat, e, False) for e in part] for part in chosen]
+        sides = {f"{name}, {targets}": lambda i, x=alone, lr=lr: their_step(x[i], lr)}
+        sides[f"ours, {targets}"] = lambda i, x=shared, lr=lr: our_step(r, x[i], lr)
         n_targets = sum(len(e.targets) for part in chosen for e in part) / args.rounds
         both = in_turns(sides, args.rounds, "targets", n_targets).values()
         for found, row in both:
@@ -292,8 +299,9 @@ def bench_train(args) -> dict:
             row["MFU"] = mfu(r.model, row["tokens/s"], head["machine"])
         (expected, first), (found, row) = both
         gap = max(abs(a - b) for (a, _), (b, _) in zip(expected, found, strict=True))
-        rows += [first, row | {"targets": n_targets, "losses": [loss for loss, _ in found], "gap": gap}]
-    show([{name: v for name, v in row.items() if name != "losses"} for row in rows])
+        row |= {"targets": n_targets, "gap": gap}
+        show([first, row])
+        rows += [first, row | {"losses": [loss for loss, _ in found]}]
     agree = max(row.get("gap", 0) for row in rows) < (1e-4 if r.dtype == torch.float32 else 2e-2)
     return head | {"rows": rows, "losses agree": agree}
 

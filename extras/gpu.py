@@ -5,15 +5,14 @@
     python -m extras.gpu parity                    # a stage alone: the logits beside those of transformers
     python -m extras.gpu profile                   # a stage alone: where the time of a training step goes
 
-The stages are processes with a time limit each: the tests; parity; training and decoding beside transformers + peft, of
-SmolLM2-135M and of a Llama of 1B; a profile; HatLLM against the plain LLM, a seed at a time, while time is left. One
-that fails is noted, and the others go on. --out holds gpu.md to read, gpu.json with all numbers, logs/, and what is
-large: models/, ablate/. Where there are no weights of smollm2-135m, random ones of its shape stand in: speed is the
-same, and the last stages train `tiny` from scratch. No network is needed.
+The stages are processes with a time limit each: tests/test_cuda.py; parity; training and decoding beside transformers +
+peft, of SmolLM2-135M and of a Llama of 1B; a profile; HatLLM against the plain LLM, a seed at a time, while time is
+left. One that fails is noted, and the others go on. --out holds gpu.md to read, gpu.json with all numbers, logs/, and
+what is large: models/, ablate/. Where there are no weights of smollm2-135m, random ones of its shape stand in: speed is
+the same, and the last stages train `tiny` from scratch. No network is needed.
 """
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -44,16 +43,15 @@ SHAPES = {  # of random weights
                        num_key_value_heads=2, vocab_size=4352),
 }  # fmt: skip
 CARD = {  # flags that fill a card of 80 GB
-    "tests": "",
-    "random-135m": "--dtype bfloat16 --batch 256 --tokens 20480",
-    "random-1b": "--dtype bfloat16 --batch 64 --tokens 4096",
-    "decode": "--users 32 --beams 20 --score trie",
+    "train random-135m": "--batch 256 --tokens 20480",
+    "train random-1b": "--batch 64 --tokens 4096",
+    "decode random-135m": "--users 32 --beams 20 --score trie",
+    "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
     "plans": "--lora 0 --targets all --batch 64 --tokens 20480 --max_steps 800 --eval_every 400",
 }
 TOY = {  # flags that take no time
-    "tests": "tests/test_hatllm.py::test_drawing",
-    "random-toy": "--dtype float32 --batch 4 --tokens 512 --rounds 2",
-    "decode": "--users 2 --beams 2 --score trie",
+    "train random-toy": "--batch 4 --tokens 512 --rounds 2",
+    "decode random-toy": "--users 2 --beams 2 --score trie",
     "plans": "--lora 0 --targets all --batch 4 --max_steps 2 --eval_every 2 --eval_limit 4 --dtype float32",
 }
 SEEDS = 3  # of the plans
@@ -70,13 +68,17 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     flags = {name: text.split() for name, text in (TOY if args.toy else CARD).items()}
     first = next(iter(models.values()))
     own = ["--data", args.data, "--model", first, *["--toy"] * args.toy]
-    out = [("tests", 240, ["pytest", "-q", "-rfE", *flags["tests"]]), ("parity", 90, ["extras.gpu", "parity", *own])]
+    out = [
+        ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
+        ("parity", 120, ["extras.gpu", "parity", *own]),
+    ]
     for shape, folder in models.items():
-        same = ["--data", args.data, "--model", folder, *flags[shape]]
+        same = ["--data", args.data, "--model", folder, "--dtype", "float32" if args.toy else "bfloat16"]
         for kind, rank in (("LoRA", 8), ("full", 0)):
-            out.append((f"train {folder.name}, {kind}", 120, ["extras.bench", "train", *same, "--lora", rank]))
-        out.append((f"decode {folder.name}", 120, ["extras.bench", "decode", *same, *flags["decode"]]))
-    out.append(("profile", 60, ["extras.gpu", "profile", *own]))
+            command = ["extras.bench", "train", *same, *flags[f"train {shape}"], "--lora", rank]
+            out.append((f"train {folder.name}, {kind}", 120, command))
+        out.append((f"decode {folder.name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
+    out.append(("profile", 120, ["extras.gpu", "profile", *own]))
     same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
     for seed in range(1 if args.toy else SEEDS):
@@ -96,8 +98,7 @@ def find_models(args) -> tuple[dict[str, Path], bool]:
     for shape, folder in found.items():
         if not folder.exists():
             make_model(folder, SHAPES[shape], tokenizer)
-    gc.collect()  # a model refers to itself, and the stages need the memory
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # the stages need the memory
     return found, base is not None
 
 
@@ -154,11 +155,13 @@ def count_tests(lines: list[str]) -> dict:
 
 
 def run_all(args):
-    """The stages that are not done yet."""
+    """The stages that are not done yet; those that failed before come last."""
+    os.environ["HATLLM_TEST_DEVICE"] = "cpu" if args.toy else "cuda"  # see tests/test_cuda.py
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that `call` ends the stage, too
     out, end = Path(args.out), time.time() + 60 * args.minutes - GRACE
     (out / "logs").mkdir(parents=True, exist_ok=True)
     done = read_json(out / "gpu.json") if (out / "gpu.json").exists() else {}
-    for name, most, command in stages(args, *find_models(args)):
+    for name, most, command in sorted(stages(args, *find_models(args)), key=lambda stage: stage[0] in done):
         command, left = [str(word) for word in command], end - time.time()
         if name in done and (done[name]["state"], done[name]["command"]) == ("done", command):
             print(f"{name}: done already", flush=True)

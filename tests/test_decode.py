@@ -301,7 +301,16 @@ def catalogue() -> tuple[Catalogue, int]:
     return Catalogue(titles, tokenizer, c), c.vocab_size
 
 
-WAITS = ("nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "masked_select", "is_nonzero", "equal")
+WAITS = (
+    "nonzero",
+    "bincount",
+    "_local_scalar_dense",
+    "_unique2",
+    "unique_consecutive",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+)
 
 
 class Waits(TorchDispatchMode):

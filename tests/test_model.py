@@ -1,6 +1,7 @@
 """model.py: equal to transformers and peft where they do the same, and where they do not, to what a mask means."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from eval import frozen
 from hatllm import KINDS, TARGET, Layout, is_last, layout, needed
 from model import Cache, Config, Llama, LoRALinear, add_lora, attend, load, load_lora, merge_lora, save, save_lora
 
@@ -540,3 +542,11 @@ def test_init_weights():
         else:
             deep = "o_proj" in name or "down_proj" in name
             assert abs(float(p.detach().std()) / (0.02 / 4 if deep else 0.02) - 1) < 0.05, name
+
+
+def test_a_model_is_freed_at_once():
+    """Every validation of LoRA makes a copy. If a model referred to itself, the copies would fill a GPU until Python's
+    collector runs, which is rare."""
+    m = add_lora(tiny_model("IN:1 OR CR-last:1"), 2, 4.0, 0.0, ["q_proj"])
+    copy = weakref.ref(frozen(m, torch.bfloat16).layers[0])
+    assert m.layers and copy() is None
