@@ -418,26 +418,28 @@ class Catalogue:
 
     def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, texts=None, candidates=None):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
-        self.head, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        self.instruction, self.separator, self.header = encode_all(tokenizer, PROMPT)
         texts = titles if texts is None else texts
         self.titles = encode_all(tokenizer, titles)
         shown = self.titles if texts == titles else encode_all(tokenizer, texts)
         self.texts = [t[: TEXT_TOKENS or None] for t in shown]
         probe = tokenizer.encode("a")
         self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
-        encoded = self.bos, self.head, self.separator, self.header, *self.titles, *self.texts
+        encoded = self.bos, self.instruction, self.separator, self.header, *self.titles, *self.texts
         if (most := max(int(tokens.max(initial=0)) for tokens in encoded)) >= c.vocab_size:
             raise InputError(f"the tokenizer has a token {most}, but the model has {c.vocab_size}; are they a pair?")
         for text, tokens in zip((*titles, *texts), encoded[4:], strict=True):  # after those of the prompt
             if not len(tokens) or c.eos_token_id in tokens:
                 what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
                 raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")
-        self.first = np.cumsum([0] + [len(t) for t in self.texts])  # where a text's tokens begin among those of all
+        self.text_start = np.cumsum(
+            [0] + [len(t) for t in self.texts]
+        )  # where a text's tokens begin among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
         self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
         self.columns = torch.unique(self.trie.token[1:])  # (C,) the titles' tokens: the part of the head that is used
-        self.place = torch.zeros(c.vocab_size, dtype=torch.long)  # (V,) the column of a token
-        self.place[self.columns] = torch.arange(len(self.columns))
+        self.column_of = torch.zeros(c.vocab_size, dtype=torch.long)  # (V,) the column of a token
+        self.column_of[self.columns] = torch.arange(len(self.columns))
         self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             if leaf >= 0:
@@ -445,7 +447,7 @@ class Catalogue:
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """tokens, item of the instruction and the texts, and how many tokens the first k = 0, 1, .. items take."""
-        tokens, item = [self.bos, self.head], [np.zeros(len(self.bos) + len(self.head), int)]
+        tokens, item = [self.bos, self.instruction], [np.zeros(len(self.bos) + len(self.instruction), int)]
         ends = [len(item[0])]
         for k, i in enumerate(history, 1):
             gap = self.separator if k > 1 else self.separator[:0]
@@ -577,8 +579,8 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])
     following, node = (torch.from_numpy(np.concatenate(column[x])).long() for x in ("next", "node"))
     row, child = cat.trie.children(node)
-    rows, column = torch.from_numpy(rows), cat.place[cat.trie.token[child]]
-    return Batch(tokens, item, branch, fork, needed(item), rows, cat.place[following], row, column)
+    rows, column = torch.from_numpy(rows), cat.column_of[cat.trie.token[child]]
+    return Batch(tokens, item, branch, fork, needed(item), rows, cat.column_of[following], row, column)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -587,7 +589,7 @@ def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor,
     tokens, item = zip(*(cat.prompt(h) for h in histories), strict=True)
     source = [np.full(len(t), -1) for t in tokens]
     for own, its_item, history in zip(source, item, histories, strict=True):
-        own[its_item > 0] = np.concatenate([cat.first[i] + np.arange(len(cat.texts[i])) for i in history])
+        own[its_item > 0] = np.concatenate([cat.text_start[i] + np.arange(len(cat.texts[i])) for i in history])
     return pad(tokens, 0), pad(item, -1), pad(source, -1)
 
 

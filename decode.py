@@ -15,7 +15,7 @@ from hatllm import TARGET, InputError, Layout, layout, needed
 from model import Cache, Llama
 
 ROWS = 512  # rows of V-wide logits at a time
-LAST, NEVER = 1 << 40, 1 << 41  # turns, after all depths
+AFTER_ALL_DEPTHS, NEVER = 1 << 40, 1 << 41  # turns
 
 
 def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
@@ -55,7 +55,7 @@ class SearchState:
 
     user: Tensor  # (B,) which prompt of the batch a row is, ascending
     item: Tensor  # (B, T) of the prompt, as in hatllm.Layout
-    short: Tensor  # (B, S) the same of what CR-last layers need; see hatllm.needed
+    short_item: Tensor  # (B, S) the same of what CR-last layers need; see hatllm.needed
     length: Tensor  # (B,) tokens of the prompt
     nodes: Tensor  # (B, n) trie node of every token read since, -1 where a row has none
     cache: Cache
@@ -63,7 +63,7 @@ class SearchState:
     def keep(self, user: Tensor):
         """Lets go of all rows but these users': a step costs each row as much as the busiest one."""
         at = torch.searchsorted(self.user, user)
-        for name in ("user", "item", "short", "length", "nodes"):
+        for name in ("user", "item", "short_item", "length", "nodes"):
             setattr(self, name, getattr(self, name)[at])
         self.cache.k, self.cache.v = [k[at] for k in self.cache.k], [v[at] for v in self.cache.v]
 
@@ -80,8 +80,8 @@ class Decoder:
         self.model, self.trie, self.full = model, trie.to(model.head.device), score == "full"
         self.tau = 1.0 if self.full else tau  # full: without a temperature, as Hugging Face decodes
         self.states = None  # (tokens of all titles, d) after the IN-closed layers, once `remember` was called
-        kinds = [*model.plan[:-1], "end"]  # the last layer is run for all: it picks the rows
-        self.closed = next(i for i, kind in enumerate(kinds) if kind != "IN-closed")  # leading IN-closed layers
+        # how many IN-closed layers lead; the last layer is none of them, for it picks the rows
+        self.closed = next(i for i, kind in enumerate([*model.plan[:-1], "end"]) if kind != "IN-closed")
 
     @torch.inference_mode()
     def remember(self, titles: list):
@@ -112,7 +112,9 @@ class Decoder:
         x, c = self.after_closed_layers(tokens, item, source), self.model.config
         none = x.new_zeros(len(item), c.num_key_value_heads, 0, c.head_dim)
         for layer in range(self.closed):
-            cache.extend(layer, none, none)  # a title does not look at the prompt there
+            cache.extend(
+                layer, none, none
+            )  # no keys: a title does not look at the prompt there (Attention cuts the mask)
         return state, self.model.norm(self.model.blocks(x, lay, cache, first=self.closed, rows=rows))
 
     def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class Decoder:
             return Layout(torch.cat((item, new), 1), pos, sees)
 
         lay = with_prompt(state.item)
-        lay.shorter = with_prompt(state.short)
+        lay.shorter = with_prompt(state.short_item)
         return self.model(trie.token[nodes], lay, state.cache, rows)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,26 +241,27 @@ def place_in_group(group: Tensor) -> Tensor:
     return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
 
 
-def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, tired: Tensor):
+def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent: Tensor):
     """One step of the search for all users at once, with a single wait for the device.
 
-    p, whole, depth (F,): all prefixes, which are whole titles, their lengths. tired (B,): users whose deferred prefixes
+    p, whole, depth (F,): all prefixes, which are whole titles, their lengths. spent (B,): users whose deferred prefixes
     are given up -> a user's k best titles; the prefixes that wait, for they can still enter the top k; the beam: the
     `width` best of the shortest prefixes, or of the deferred ones where there are no others; (B,) the best score that
     was given up, -inf for none. All sorted by user. What the beam has no place for is deferred."""
     group = p.user * 2 + ~whole  # a user's titles, then the prefixes, each from the best on
-    # no score is above 0, so the bits of its size can be sorted as a whole number
+    # one sort by (group, -score): the group in the upper half, the bits of -score in the lower. It is at least 0, and
+    # the bits of such floats sort as the numbers do.
     order = torch.argsort(group << 32 | (0 - p.score).view(torch.int32).long(), stable=True)
     p, whole, depth = p[order], whole[order], depth[order]
-    none, place = torch.full(tired.shape, -torch.inf, device=tired.device), place_in_group(p.user)
+    none, place = torch.full(spent.shape, -torch.inf, device=spent.device), place_in_group(p.user)
     start = torch.arange(len(place), device=place.device) - place  # where the user's entries begin
     kept, last = whole & (place < k), whole & (place == k - 1)
     to_beat = none.scatter_reduce(0, p.user, p.score.where(last, -torch.inf), "amax")
     live = ~whole & (p.score > to_beat[p.user])
-    lost = live & p.deferred & tired[p.user]
+    lost = live & p.deferred & spent[p.user]
     given_up = none.scatter_reduce(0, p.user, p.score.where(lost, -torch.inf), "amax")
-    turn = torch.where(p.deferred, LAST, depth).where(live & ~lost, NEVER)
-    first = torch.full(tired.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
+    turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live & ~lost, NEVER)
+    first = torch.full(spent.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
     now = (turn == first[p.user]) & (turn < NEVER)
     nth = now.cumsum(0)  # counts from 1 along all users
     beam = now & (nth - nth[start] + now[start] <= width)

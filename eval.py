@@ -334,7 +334,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def run(main):
+def run_main(main):
     """Calls main with the command line; what the user can mend, a full disk included, is a sentence, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # titles on a terminal that is not UTF-8
@@ -526,4 +526,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

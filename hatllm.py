@@ -69,15 +69,11 @@ class Layout:
     shorter: "Layout | None" = None  # of these tokens alone; None: `shorten` makes it
     masks: dict = field(default_factory=dict)
 
-    def mask(self, kind: str) -> Tensor:
-        """(B, 1, Tq, T) bool, True where a query may look at a key in a layer of this kind."""
-        return mask(kind, self.item, self.sees).unsqueeze(1)
-
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, G * Tq, T) the same as the paper's M, 0 or -inf, for G heads one after the other."""
         key = kind, G, dtype
         if key not in self.masks:
-            seen = self.mask(kind)
+            seen = mask(kind, self.item, self.sees)[:, None]
             M = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
             self.masks[key] = M.repeat(1, 1, G, 1)
         return self.masks[key]
@@ -89,8 +85,8 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     In the paper's terms softmax(QK'/sqrt(d) + M) V, with M = 0 where this is True and -inf elsewhere. What the paper
     leaves open is decided here: context sees all and is seen by all, except in IN-closed; a token always sees itself.
     """
-    q, k = item[:, -sees.shape[1] :, None], item[:, None, :]
-    both_items, same = (q > 0) & (k > 0), q == k
+    q_item, k_item = item[:, -sees.shape[1] :, None], item[:, None, :]
+    both_items, same = (q_item > 0) & (k_item > 0), q_item == k_item
     if kind == "OR":
         return sees
     if kind == "IN":
@@ -100,9 +96,9 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     at = torch.arange(item.shape[1], device=item.device)
     hidden = both_items & same & (at[-sees.shape[1] :, None] != at)  # CR
     if kind in ("CR-own", "CR-last"):
-        hidden = hidden & (q != TARGET)
+        hidden = hidden & (q_item != TARGET)
     if kind == "CR-last":
-        hidden = hidden | ((k > 0) & ~same & ~is_last(item)[:, None, :])
+        hidden = hidden | ((k_item > 0) & ~same & ~is_last(item)[:, None, :])
     return sees & ~hidden
 
 
@@ -138,17 +134,23 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None) -> Layout:
     """Layout of whole texts. item (B, T), padding (-1) last. places: see `needed`; None: they are found when needed.
 
-    Several continuations may share one history: branch (B, T) is 0 on the trunk and b = 1.. on the b-th continuation,
-    which sees the trunk's first fork (B, T) tokens and itself. Without branches all is trunk: causal attention.
+    Several titles may be learnt from one history. It is the trunk, and each title is a branch that forks from it:
+
+        tokens  Bought: red pen , ink | Next: ink | Next: well    after red pen came ink, after both came well
+        branch  0       0   0   0 0   | 1     1   | 2     2
+        fork                          | 3     3   | 5     5       so many tokens of the trunk a branch sees, and itself
+
+    Without branches all is trunk: causal attention.
     """
     T = item.shape[1]
     at = torch.arange(T, device=item.device).expand_as(item)
     sees = (at[:, None, :] <= at[:, :, None]) & (item >= 0)[:, None, :]
     pos = at
     if branch is not None:
-        q, k = branch[:, :, None], branch[:, None, :]
-        sees = sees & ((q == k) | ((k == 0) & (at[:, None, :] < fork[:, :, None])))
-        own = ((q == k) & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
+        q_branch, k_branch = branch[:, :, None], branch[:, None, :]
+        same = q_branch == k_branch
+        sees = sees & (same | ((k_branch == 0) & (at[:, None, :] < fork[:, :, None])))
+        own = (same & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
         pos = torch.where(branch > 0, fork + own, at)
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
     return Layout(item, pos, sees, places)
@@ -166,7 +168,7 @@ def draw(kinds=KINDS, words=("Bought:", "red", "pen", ",", "ink", "well", ".", "
     for i, word in enumerate(words):
         cells = []
         for kind in kinds:
-            seen = lay.mask(kind)[0, 0, i].tolist()
+            seen = mask(kind, lay.item, lay.sees)[0, i].tolist()
             signs = ["o" if not (item[i] and k) else "#" if item[i] == k else "+" for k in item]
             cells.append("".join(signs[j] if seen[j] else "." if j <= i else " " for j in range(len(item))))
         lines.append(f"{word:<{wide}}" + "  ".join(cells))

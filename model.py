@@ -160,7 +160,8 @@ def rope(c: Config, pos: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Te
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, heads, T, D), turned by its position: (a, b) -> (a cos - b sin, b cos + a sin) of its halves."""
     cos, sin = cos_sin
-    return torch.addcmul(x * cos, x.roll(x.shape[3] // 2, 3), sin)
+    swapped = x.roll(x.shape[3] // 2, 3)  # (b, a); the minus of -b stands in sin
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class Cache:
@@ -218,7 +219,8 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
             mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
         B, H, Tq, D = q.shape
-        # the G heads that share a key become G times the queries: no copy of K and V, on every SDPA backend
+        # (B, H, Tq, D) -> (B, Hkv, G Tq, D): the G heads that share a key stand one after the other as more queries, so
+        # that K and V are never copied. The mask is repeated G times.
         y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
         return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
 
@@ -264,8 +266,8 @@ class Llama(nn.Module):
         self.config, self.plan = replace(c, hatllm_plan=plan), parse_plan(plan, c.num_hidden_layers)
         self.dtype = None  # of the computation; None: that of the weights
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        longer = [i for i, kind in enumerate(self.plan) if kind != "CR-last"]
-        self.short = longer[-1] + 1 if longer else 0  # the first of the CR-last layers at the end
+        whole = [i for i, kind in enumerate(self.plan) if kind != "CR-last"]
+        self.first_short = whole[-1] + 1 if whole else 0  # the first of the CR-last layers at the end
         self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -289,7 +291,7 @@ class Llama(nn.Module):
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
         cos_sin = rope(self.config, layout.pos, x.dtype)
         for block in self.layers[first:last]:
-            if block.layer == self.short and rows is not None:
+            if block.layer == self.first_short and rows is not None:
                 x, rows, layout = shorten(x, rows, layout)
                 cos_sin = rope(self.config, layout.pos, x.dtype)
             x = block(x, cos_sin, layout, cache, rows if block is self.layers[-1] else None)
@@ -311,6 +313,8 @@ class Llama(nn.Module):
 
 
 class LoRALinear(Linear):
+    """Is a Linear, and has none, so that the name of its weight stays that of the checkpoint."""
+
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
@@ -321,14 +325,6 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x)) * (self.alpha / self.r))
-
-    @torch.no_grad()
-    def merged(self) -> Linear:
-        """One layer with the weight W + B A alpha / r."""
-        delta = (self.lora_B.weight @ self.lora_A.weight) * (self.alpha / self.r)
-        one = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        one.weight, one.bias = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype), False), self.bias
-        return one
 
 
 def add_lora(model: Llama, r: int, alpha: float, dropout: float, targets: list[str]) -> Llama:
@@ -348,9 +344,14 @@ def adapters(model: Llama) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+@torch.no_grad()
 def merge_lora(model: Llama) -> Llama:
+    """Every layer with adapters becomes one with the weight W + B A alpha / r."""
     for name, m in adapters(model).items():
-        model.set_submodule(name, m.merged())
+        delta = (m.lora_B.weight @ m.lora_A.weight) * (m.alpha / m.r)
+        one = Linear(m.in_features, m.out_features, m.bias is not None, device="meta")
+        one.weight, one.bias = nn.Parameter((m.weight.float() + delta).to(m.weight.dtype), False), m.bias
+        model.set_submodule(name, one)
     return model
 
 

@@ -195,22 +195,22 @@ def find_model(name: str) -> Path:
     raise InputError(f"--model {name}: no config.json in {name} or {root / name}; known by name: tiny, smollm2-135m")
 
 
-def make_config(r: Run) -> dict:
+def make_config(run: Run) -> dict:
     """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
     named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
     constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
     for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS"):  # another value trains no other model
         del constants[name]
-    source = Path(r.base) / "source.json"
-    origin = read_json(source, {"holds": str})["holds"] if r.base and source.exists() else r.base
-    return vars(r.args) | {
+    source = Path(run.base) / "source.json"
+    origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base
+    return vars(run.args) | {
         "constants": json.loads(json.dumps(constants)),
-        "data_folder": str(r.d.folder.resolve()),
-        "digest": r.d.digest,
-        "base": r.base,
+        "data_folder": str(run.d.folder.resolve()),
+        "digest": run.d.digest,
+        "base": run.base,
         "base_source": origin,
-        "base_digest": eval.fingerprint(r.base),
-        "steps": r.steps,
+        "base_digest": eval.fingerprint(run.base),
+        "steps": run.steps,
     }
 
 
@@ -223,48 +223,48 @@ class Step(NamedTuple):
     tokens: int  # that this process reads
 
 
-def get_batch(r: Run, step: int) -> Step:
+def get_batch(run: Run, step: int) -> Step:
     """What a step learns from. Every epoch is a permutation of its own, cut into steps; processes share a step."""
-    order = np.random.default_rng((r.args.seed, step // r.per_epoch)).permutation(len(r.pool))
-    chosen = order[step % r.per_epoch * r.args.batch :][: r.args.batch].tolist()
-    mine = chosen[r.world.rank :: r.world.size]
+    order = np.random.default_rng((run.args.seed, step // run.per_epoch)).permutation(len(run.pool))
+    chosen = order[step % run.per_epoch * run.args.batch :][: run.args.batch].tolist()
+    mine = chosen[run.world.rank :: run.world.size]
     for i in (some := mine or chosen[:1]):  # DDP needs a forward of every process
-        if i not in r.coded:
-            r.coded[i] = data.encode(r.cat, r.pool[i], r.args.loss == "msl")
-    n = data.n_title_tokens(r.cat, [r.pool[i] for i in chosen])
-    return make_step(r, [r.coded[i] for i in some], 1 / n if mine else 0.0)
+        if i not in run.coded:
+            run.coded[i] = data.encode(run.cat, run.pool[i], run.args.loss == "msl")
+    n = data.n_title_tokens(run.cat, [run.pool[i] for i in chosen])
+    return make_step(run, [run.coded[i] for i in some], 1 / n if mine else 0.0)
 
 
-def make_step(r: Run, coded: list[dict], scale: float) -> Step:
+def make_step(run: Run, coded: list[dict], scale: float) -> Step:
     """Forwards of at most r.tokens tokens, longest first."""
     size = [len(c["tokens"]) for c in coded]
-    parts = [[coded[i] for i in part] for part in data.batches(size, r.tokens)]
-    return Step([data.collate(r.cat, part, r.multiple).to(r.device) for part in parts], scale, sum(size))
+    parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
+    return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, sum(size))
 
 
-def loss_of(r: Run, b: Batch) -> Tensor:
+def loss_of(run: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
-    h = r.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
-    return (trie_nll if r.args.loss == "msl" else full_nll)(r.model, r.columns, h, b).sum()
+    h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
+    return (trie_nll if run.args.loss == "msl" else full_nll)(run.model, run.columns, h, b).sum()
 
 
-def update(r: Run, step: int, batch: Step, lr: float) -> Tensor:
+def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:
     """One step of the optimizer -> (2,) this process's parts of the loss, a mean over all target tokens, and of the
     gradient's norm. Where that is not finite, the weights stay as they were. Nothing here waits for the device."""
-    torch.manual_seed((r.args.seed * 1_000_003 + step) * 1009 + r.world.rank)  # dropout
-    loss = torch.zeros((), device=r.device)
+    torch.manual_seed((run.args.seed * 1_000_003 + step) * 1009 + run.world.rank)  # dropout
+    loss = torch.zeros((), device=run.device)
     for i, b in enumerate(batch.forwards, 1):
-        r.net.require_backward_grad_sync = i == len(batch.forwards)  # DDP sums the gradients of processes once
-        part = loss_of(r, b) * batch.scale
-        (part * r.world.size).backward()  # DDP takes the mean over processes
+        run.net.require_backward_grad_sync = i == len(batch.forwards)  # DDP sums the gradients of processes once
+        part = loss_of(run, b) * batch.scale
+        (part * run.world.size).backward()  # DDP takes the mean over processes
         loss += part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(r.params, CLIP)
-    r.optimizer.found_inf = 1 - norm.isfinite().float()  # 1: AdamW leaves this update out, as for torch's GradScaler
-    for group in r.optimizer.param_groups:
+    norm = torch.nn.utils.clip_grad_norm_(run.params, CLIP)
+    run.optimizer.found_inf = 1 - norm.isfinite().float()  # 1: AdamW leaves this update out, as for torch's GradScaler
+    for group in run.optimizer.param_groups:
         group["lr"] = lr
-    r.optimizer.step()
-    r.optimizer.zero_grad()
-    return torch.stack((loss, norm / r.world.size))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return torch.stack((loss, norm / run.world.size))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -276,60 +276,61 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def validate(r: Run) -> dict[str, float]:
+def validate(run: Run) -> dict[str, float]:
     """NDCG@10, and nats per item: mean -log p of a target. Computed as eval.py does."""
-    some = np.random.default_rng(0).permutation(len(r.d.valid))[: r.args.eval_limit or VALID_WINDOWS]
-    windows = [r.d.valid[i] for i in np.sort(some)]
-    decoder = eval.make_decoder(eval.frozen(r.model, r.dtype), r.cat, r.config)
-    found = r.world.gather(eval.predict(decoder, r.cat, r.d, windows[r.world.rank :: r.world.size], eval.DEFAULTS))
-    r.model.train()
+    some = np.random.default_rng(0).permutation(len(run.d.valid))[: run.args.eval_limit or VALID_WINDOWS]
+    windows = [run.d.valid[i] for i in np.sort(some)]
+    decoder = eval.make_decoder(eval.frozen(run.model, run.dtype), run.cat, run.config)
+    mine = windows[run.world.rank :: run.world.size]
+    found = run.world.gather(eval.predict(decoder, run.cat, run.d, mine, eval.DEFAULTS))
+    run.model.train()
     nll = float(np.mean([p["nll"] for p in found]))
     return {"valid_nll": nll, "valid_NDCG@10": eval.metrics(*eval.positions(found))["NDCG@10"]}
 
 
-def train(r: Run) -> bool:
+def train(run: Run) -> bool:
     """Trains to the last step -> True, or until it is asked to stop -> False. In out: best-STEP, the model with the
     best NDCG@10 on validation (nats decide between equals); metrics.jsonl, the log; step-STEP, where to go on."""
     state = {"step": 0, "losses": [], "best": [-1.0, 0.0], "best_step": 0, "seconds": 0.0, "log": []}
-    if r.args.resume:
-        state = load_step(r, state)
+    if run.args.resume:
+        state = load_step(run, state)
     first, before, tokens, recent, start = state["step"], state["seconds"], 0, [], time.time()
-    quiet = r.world.rank > 0 or not sys.stderr.isatty()
-    r.model.train()
-    with stop_signals() as asked, tqdm(total=r.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
-        for step, batch in enumerate(data.ahead(lambda i: get_batch(r, i), range(first, r.steps)), first):
-            lr = learning_rate(step, r.steps, r.args.lr)
-            recent.append(update(r, step, batch, lr))
-            tokens += batch.tokens * r.world.size
+    quiet = run.world.rank > 0 or not sys.stderr.isatty()
+    run.model.train()
+    with stop_signals() as asked, tqdm(total=run.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
+        for step, batch in enumerate(data.ahead(lambda i: get_batch(run, i), range(first, run.steps)), first):
+            lr = learning_rate(step, run.steps, run.args.lr)
+            recent.append(update(run, step, batch, lr))
+            tokens += batch.tokens * run.world.size
             bar.update()
-            due = step + 1 == r.steps or (step + 1) % r.args.eval_every == 0
-            if not (due or (step + 1) % r.look_every == 0):
+            due = step + 1 == run.steps or (step + 1) % run.args.eval_every == 0
+            if not (due or (step + 1) % run.look_every == 0):
                 continue
-            (state["losses"], stop), recent = look(r, state["losses"], recent, bool(asked)), []
+            (state["losses"], stop), recent = look(run, state["losses"], recent, bool(asked)), []
             last = state["losses"][-LOOK_EVERY:]
             if (due or len(last) == LOOK_EVERY) and not any(map(math.isfinite, last)):
-                raise InputError(f"no loss is finite any more; what {r.out} holds is sound; a lower --lr may help")
+                raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
             state |= {"step": step + 1, "seconds": before + seconds}
             bar.set_postfix_str(f"loss {np.nanmean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
             if due:
-                log(r, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
+                log(run, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
                 start = time.time() - seconds  # seconds and tokens/s are of the training alone
             if due or stop:  # a stop between two validations leaves no trace in the log, so that the end is the same
-                save_step(r, state)
+                save_step(run, state)
             if stop:
                 return False
     return True
 
 
-def look(r: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tuple[list[float], bool]:
+def look(run: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tuple[list[float], bool]:
     """Waits for the device, to add the losses of recent steps, as `update` returned them -> losses, NaN for an update
     that was left out; whether any process was asked to stop."""
     told = torch.stack([*recent, torch.full_like(recent[0], asked)])  # (n + 1, 2)
-    r.world.sum_(told)
+    run.world.sum_(told)
     *values, (asked, _) = told.tolist()
     found = [loss if math.isfinite(norm) else math.nan for loss, norm in values]
-    if (lost := sum(map(math.isnan, found))) and r.world.rank == 0:
+    if (lost := sum(map(math.isnan, found))) and run.world.rank == 0:
         tqdm.write(f"{lost} of the last {len(found)} updates had a loss or a gradient that is not finite: left out")
     return losses + found, asked > 0
 
@@ -339,19 +340,19 @@ def merit(line: dict) -> list[float]:
     return [line["valid_NDCG@10"], -line["valid_nll"]]
 
 
-def log(r: Run, state: dict, speed: dict):
+def log(run: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
-    line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(r) | speed
+    line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(run) | speed
     better = merit(line) > state["best"]
     state |= {"losses": [], "log": [*state["log"], line]}
     if better:
         state |= {"best": merit(line), "best_step": line["step"]}
-    if r.world.rank == 0:
+    if run.world.rank == 0:
         found = f"validation NDCG@10 {line['valid_NDCG@10']:.4f}, {line['valid_nll']:.4f} nats per item"
         tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  {found}" + "  best" * better)
         if better:
-            save_best(r, line["step"])
-        write_json(r.out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
+            save_best(run, line["step"])
+        write_json(run.out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
 
 
 @contextmanager
@@ -398,35 +399,35 @@ def sync(path: Path):
     os.close(fd)
 
 
-def save_step(r: Run, state: dict):
+def save_step(run: Run, state: dict):
     """Weights, optimizer and state.json in out/step-STEP. Older checkpoints go once the newer ones are complete."""
-    names = {p: n for n, p in r.model.named_parameters() if p.requires_grad}
+    names = {p: n for n, p in run.model.named_parameters() if p.requires_grad}
 
     def write(folder: Path):
-        moments = {f"{names[p]}:{k}": v.contiguous() for p, s in r.optimizer.state.items() for k, v in s.items()}
+        moments = {f"{names[p]}:{k}": v.contiguous() for p, s in run.optimizer.state.items() for k, v in s.items()}
         save_file({n: p.detach().contiguous() for p, n in names.items()}, folder / "weights.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
         write_json(folder / "state.json", state)
 
-    if r.world.rank == 0:
-        write_folder(r.out / f"step-{state['step']:06d}", write)
+    if run.world.rank == 0:
+        write_folder(run.out / f"step-{state['step']:06d}", write)
         kept = f"step-{state['step']:06d}", f"best-{state['best_step']:06d}"
-        for p in r.out.iterdir():  # only what this program names so is its own
+        for p in run.out.iterdir():  # only what this program names so is its own
             if eval.CHECKPOINT.fullmatch(p.name) and p.name not in kept:
                 shutil.rmtree(p, ignore_errors=True)
-    r.world.barrier()
+    run.world.barrier()
 
 
-def load_step(r: Run, fresh: dict) -> dict:
+def load_step(run: Run, fresh: dict) -> dict:
     """The newest checkpoint's weights and optimizer; returns its state, which has the keys of fresh, or fresh."""
-    place = newest(r.out, "step")
+    place = newest(run.out, "step")
     if place is None:
-        print(f"{r.out} holds no step-STEP, so it begins at step 0")
+        print(f"{run.out} holds no step-STEP, so it begins at step 0")
         return fresh
     state = read_json(place / "state.json", {name: type(value) for name, value in fresh.items()})
     if state["step"] < 0 or not all(isinstance(loss, float) for loss in state["losses"]):
         raise InputError(f"{place}/state.json: damaged; its step or its losses are no numbers that can be")
-    own = {n: p for n, p in r.model.named_parameters() if p.requires_grad}
+    own = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
     files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}
     found = {name: read_safetensors(place / f"{name}.safetensors") for name in files}
@@ -436,31 +437,33 @@ def load_step(r: Run, fresh: dict) -> dict:
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(found["weights"][name])
-            r.optimizer.state[p] = {k: found["optimizer"][f"{name}:{k}"].to(p.device) for k in MOMENTS}
+            run.optimizer.state[p] = {k: found["optimizer"][f"{name}:{k}"].to(p.device) for k in MOMENTS}
     return state
 
 
-def save_best(r: Run, step: int):
+def save_best(run: Run, step: int):
     def write(folder: Path):
-        save_lora(r.model, folder, r.base) if adapters(r.model) else save(r.model, folder)
-        r.tokenizer.save(str(folder / "tokenizer.json"))
+        save_lora(run.model, folder, run.base) if adapters(run.model) else save(run.model, folder)
+        run.tokenizer.save(str(folder / "tokenizer.json"))
 
-    write_folder(r.out / f"best-{step:06d}", write)
+    write_folder(run.out / f"best-{step:06d}", write)
 
 
 # --- The output folder ----------------------------------------------------------------------------------------------
 
 
-def prepare_out(r: Run) -> int:
+def prepare_out(run: Run) -> int:
     """Makes the run's folder with its config.json, or finds that the one there is this run's -> its lock. Nothing that
     is there is ever deleted."""
-    if r.args.resume:
-        check_same(eval.read_run(r.out), r)
-    elif r.out.exists() and any(r.out.iterdir()):
-        raise InputError(f"{r.out} is not empty: --resume goes on with a run; else choose another --out, or remove it")
-    r.out.mkdir(parents=True, exist_ok=True)
-    held = lock(r.out)
-    write_json(r.out / "config.json", r.config)
+    if run.args.resume:
+        check_same(eval.read_run(run.out), run)
+    elif run.out.exists() and any(run.out.iterdir()):
+        raise InputError(
+            f"{run.out} is not empty: --resume goes on with a run; else choose another --out, or remove it"
+        )
+    run.out.mkdir(parents=True, exist_ok=True)
+    held = lock(run.out)
+    write_json(run.out / "config.json", run.config)
     return held
 
 
@@ -474,14 +477,14 @@ def lock(out: Path) -> int:
     return held
 
 
-def check_same(old: dict, r: Run):
+def check_same(old: dict, run: Run):
     """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
     free = "constants resume out data data_folder model base base_source tokens".split()
-    was, now = (c | c["constants"] for c in (old, r.config))
+    was, now = (c | c["constants"] for c in (old, run.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
     if changed:
         raise InputError(
-            f"--resume: {'; '.join(changed)}; give the command that began {r.out} (digest: the files of the data or of "
+            f"--resume: {'; '.join(changed)}; give the command that began {run.out} (digest: the files of the data or "
             "the base). To train a finished full model on, give its best-STEP as --model: its learning rate has fallen"
         )
 
@@ -491,37 +494,37 @@ def check_same(old: dict, r: Run):
 
 def main(argv: list[str]) -> bool:
     """-> whether the run came to its end."""
-    r = Run(resolve(make_parser().parse_args(argv)))
-    held = prepare_out(r) if r.world.rank == 0 else None
-    r.world.barrier()
-    if r.world.rank == 0:
-        print_start(r)
+    run = Run(resolve(make_parser().parse_args(argv)))
+    held = prepare_out(run) if run.world.rank == 0 else None
+    run.world.barrier()
+    if run.world.rank == 0:
+        print_start(run)
     try:
-        done = train(r)
+        done = train(run)
         if done:
-            test_best(r)
-        elif r.world.rank == 0:
-            print(f"stopped, nothing is lost; go on with the same command and --resume --out {r.args.out}")
+            test_best(run)
+        elif run.world.rank == 0:
+            print(f"stopped, nothing is lost; go on with the same command and --resume --out {run.args.out}")
     finally:
         if held is not None:
             os.close(held)
     return done
 
 
-def print_start(r: Run):
-    every, trained = (sum(p.numel() for p in params) for params in (r.model.parameters(), r.params))
-    targets = sum(len(e.targets) for e in r.pool)
-    print(f"{r.d.summary()}\nplan {' '.join(r.model.plan)}")
-    print(f"{every:,} parameters, {trained:,} trained, on {r.device} in {str(r.dtype)[6:]}")
-    print(f"{targets:,} targets in {len(r.pool):,} examples, {r.steps:,} steps of {r.args.batch}; {r.args.out}")
+def print_start(run: Run):
+    every, trained = (sum(p.numel() for p in params) for params in (run.model.parameters(), run.params))
+    targets = sum(len(e.targets) for e in run.pool)
+    print(f"{run.d.summary()}\nplan {' '.join(run.model.plan)}")
+    print(f"{every:,} parameters, {trained:,} trained, on {run.device} in {str(run.dtype)[6:]}")
+    print(f"{targets:,} targets in {len(run.pool):,} examples, {run.steps:,} steps of {run.args.batch}; {run.args.out}")
 
 
-def test_best(r: Run):
+def test_best(run: Run):
     """The table at the end: the best checkpoint on the test split, beside popularity."""
-    model, cat, d, c = eval.load_run(r.out)
-    args = eval.make_parser().parse_args(["--limit", str(r.args.eval_limit)])
-    eval.test(eval.make_decoder(model, cat, c), cat, d, args, r.out, r.world, c["base_source"])
+    model, cat, d, c = eval.load_run(run.out)
+    args = eval.make_parser().parse_args(["--limit", str(run.args.eval_limit)])
+    eval.test(eval.make_decoder(model, cat, c), cat, d, args, run.out, run.world, c["base_source"])
 
 
 if __name__ == "__main__":
-    sys.exit(0 if eval.run(main) else 130)
+    sys.exit(0 if eval.run_main(main) else 130)

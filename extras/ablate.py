@@ -32,7 +32,7 @@ import data
 import eval
 import train
 from eval import Parser, load_run, metrics, number
-from hatllm import PLAN, TARGET, InputError, layout
+from hatllm import PLAN, TARGET, InputError, layout, mask
 from model import Llama, load, read_json, rope, write_json
 
 PLANS = (  # the most valuable first: what is finished when time runs out should answer something
@@ -284,7 +284,8 @@ def attention(model: Llama, tokens: Tensor, item: Tensor) -> Iterator[Tensor]:
     for block in model.layers:
         q, k, _ = (y.double() for y in block.self_attn.qkv(block.input_layernorm(x), cos_sin))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, D), as q
-        z = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~lay.mask(block.kind), -torch.inf)
+        seen = mask(block.kind, lay.item, lay.sees)[:, None]
+        z = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~seen, -torch.inf)
         yield z.softmax(-1).mean(1)
         x = block(x, cos_sin, lay)
 
@@ -450,4 +451,4 @@ def main(argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if eval.run(main) else 130)
+    sys.exit(0 if eval.run_main(main) else 130)

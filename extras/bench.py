@@ -4,6 +4,8 @@
     python -m extras.bench train --batch 8                   # train.update against LlamaForCausalLM with peft's LoRA
     python -m extras.bench train --batch 8 --lora 0          # the same, full fine-tuning
     python -m extras.bench cache --users 32                  # prefill of the plain LLM and of an efficient plan
+    python -m extras.bench parity                            # the logits, in fp32 and bf16
+    python -m extras.bench profile --batch 64 --lora 0       # where the time of a training step of ours goes
 
 All check that the answers agree. ratio: how many times as fast as the first side, the median over rounds, so that
 others on the machine do little harm. MiB: what a run adds, at its peak, to the weights (both sides share those that are
@@ -24,11 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 import data
 import train
 from decode import Decoder
-from eval import Parser, number, run
+from eval import Parser, number, run_main
 from hatllm import InputError, layout
 from model import Llama, adapters, add_lora, hf_name, save_lora
 
@@ -306,10 +309,54 @@ def bench_train(args) -> dict:
     return head | {"rows": rows, "losses agree": agree}
 
 
+@torch.inference_mode()
+def bench_parity(args) -> dict:
+    """Logits of real prompts by this Llama and by transformers'. fp32: within 1e-4. bf16: the mean distance to one's
+    own logits in fp32 is at most 1.5 times theirs."""
+    result, exact = {}, []
+    for dtype in ("float32", "bfloat16"):
+        r, (tokens, item, _), head = set_up(argparse.Namespace(**vars(args) | {"dtype": dtype}))
+        there, theirs = item >= 0, transformers_model(r.model)
+        ours = r.model.logits(r.model(tokens, layout(item))[there])  # (R, V) after all tokens of all prompts
+        other = theirs(input_ids=tokens, attention_mask=there.long(), use_cache=False).logits[there].float()
+        exact = exact or [ours, other]
+        gap = float((ours - other).abs().max())
+        lost = [float((a - b).abs().mean()) for a, b in zip((ours, other), exact, strict=True)]
+        within = gap < 1e-4 if dtype == "float32" else lost[0] <= 1.5 * lost[1]
+        result[dtype] = {"gap": gap, "ours to fp32": lost[0], "theirs to fp32": lost[1], "within": within}
+        print(f"{dtype}: gap {gap:.2g}, mean distance to fp32 {lost[0]:.2g}, theirs {lost[1]:.2g}; within: {within}")
+    return head | result
+
+
+def bench_profile(args) -> dict:
+    """A training step of HatLLM, all targets: its seconds; idle, the share of them in which the device runs no kernel
+    (None on a CPU); the kernels, or on a CPU the operations, that take longest."""
+    flags = [f"--{name}={vars(args)[name]}" for name in ("data", "model", "dtype", "lora", "batch", "tokens")]
+    r = train.Run(train.resolve(train.make_parser().parse_args([*flags, "--targets", "all"])))
+    r.model.train()
+    batch, gpu = train.get_batch(r, 0), r.device.type == "cuda"
+    seconds = [measure(train.update, r, 0, batch, 1e-5)[1] for _ in range(5)]
+    usual = statistics.median(seconds[2:])  # without the profiler, which slows the CPU down
+    asked = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[asked.CPU, asked.CUDA] if gpu else [asked.CPU]) as p:
+        measure(train.update, r, 0, batch, 1e-5)
+    kind, name = (DeviceType.CUDA, "self_device_time_total") if gpu else (DeviceType.CPU, "self_cpu_time_total")
+    events = [e for e in p.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    top = [{"name": e.key[:90], "ms": getattr(e, name) / 1000, "calls": e.count} for e in events]
+    idle = max(0.0, 1 - sum(e["ms"] for e in top) / 1000 / usual) if gpu and top else None
+    top = sorted(top, key=lambda e: -e["ms"])[:15]
+    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s" + ("" if idle is None else f", {idle:.0%} idle"))
+    print("\n".join(f"{e['ms']:9.2f} ms  {e['calls']:5} x  {e['name']}" for e in top))
+    return here() | {"seconds": usual, "tokens": batch.tokens, "idle": idle, "top": top}
+
+
+MODES = dict(decode=bench_decode, train=bench_train, cache=bench_cache, parity=bench_parity, profile=bench_profile)
+
+
 def make_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
     add, whole = p.add_argument, number(int, 1)
-    add("mode", choices=("decode", "train", "cache"))
+    add("mode", choices=MODES)
     add("--data", default="office", help="a preset or a folder (default: %(default)s)")
     add("--model", default="smollm2-135m", help="smollm2-135m; tiny (random weights); or a Hugging Face Llama folder")
     add("--rounds", type=number(int, 2), default=4, help="of each side; the first warms up (default: %(default)s)")
@@ -327,10 +374,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]):
     args = make_parser().parse_args(argv)
     try:
-        print(json.dumps({"decode": bench_decode, "train": bench_train, "cache": bench_cache}[args.mode](args)))
+        print(json.dumps(MODES[args.mode](args)))
     except ModuleNotFoundError as e:
         raise InputError(f"bench compares with {e.name}: pip install -r requirements-dev.txt") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import read_tokenizer
-from eval import Parser, run
+from eval import Parser, run_main
 from extras import gguf, prepare
 from hatllm import InputError
 from model import load, write_json
@@ -178,4 +178,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

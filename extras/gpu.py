@@ -2,8 +2,6 @@
 
     python -m extras.gpu --out out/gpu             # every stage, 15 minutes at most; the same command goes on
     python -m extras.gpu --out /tmp/toy --toy      # the same on a CPU, with a tiny random model
-    python -m extras.gpu parity                    # a stage alone: the logits beside those of transformers
-    python -m extras.gpu profile                   # a stage alone: where the time of a training step goes
 
 The stages are processes with a time limit each: tests/test_cuda.py; parity; training and decoding beside transformers +
 peft, of SmolLM2-135M and of a Llama of 1B; a profile; HatLLM against the plain LLM, a seed at a time, while time is
@@ -15,23 +13,20 @@ the same, and the last stages train `tiny` from scratch. No network is needed.
 import contextlib
 import json
 import os
-import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 
 import data
 import train
-from eval import Parser, device_and_dtype, number, run
+from eval import Parser, device_and_dtype, number, run_main
 from extras import bench
-from hatllm import PLAN, InputError, layout
+from hatllm import PLAN, InputError
 from model import Config, Llama, read_json, save, write_json
 
 SHAPES = {  # of random weights
@@ -47,11 +42,13 @@ CARD = {  # flags that fill a card of 80 GB
     "train random-1b": "--batch 64 --tokens 4096",
     "decode random-135m": "--users 32 --beams 20 --score trie",
     "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
+    "profile": "--dtype auto --lora 0 --batch 64 --tokens 20480",
     "plans": "--lora 0 --targets all --batch 64 --tokens 20480 --max_steps 800 --eval_every 400",
 }
 TOY = {  # flags that take no time
     "train random-toy": "--batch 4 --tokens 512 --rounds 2",
     "decode random-toy": "--users 2 --beams 2 --score trie",
+    "profile": "--lora 0 --batch 4 --tokens 512",
     "plans": "--lora 0 --targets all --batch 4 --max_steps 2 --eval_every 2 --eval_limit 4 --dtype float32",
 }
 SEEDS = 3  # of the plans
@@ -59,18 +56,15 @@ GRACE = 30  # seconds to save a checkpoint in when the time is up
 LINES = 30  # of a log that gpu.md shows, at most
 
 
-# --- The stages -------------------------------------------------------------------------------------------------------
-
-
 def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, list]]:
     """(name, seconds at most, what follows python -m). models: a name in SHAPES -> the folder of such a model; real:
     the first has true weights."""
     flags = {name: text.split() for name, text in (TOY if args.toy else CARD).items()}
     first = next(iter(models.values()))
-    own = ["--data", args.data, "--model", first, *["--toy"] * args.toy]
+    own = ["--data", args.data, "--model", first]
     out = [
         ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
-        ("parity", 120, ["extras.gpu", "parity", *own]),
+        ("parity", 120, ["extras.bench", "parity", *own]),
     ]
     for shape, folder in models.items():
         same = ["--data", args.data, "--model", folder, "--dtype", "float32" if args.toy else "bfloat16"]
@@ -78,7 +72,7 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
             command = ["extras.bench", "train", *same, *flags[f"train {shape}"], "--lora", rank]
             out.append((f"train {folder.name}, {kind}", 120, command))
         out.append((f"decode {folder.name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
-    out.append(("profile", 120, ["extras.gpu", "profile", *own]))
+    out.append(("profile", 120, ["extras.bench", "profile", *own, *flags["profile"]]))
     same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
     for seed in range(1 if args.toy else SEEDS):
@@ -138,20 +132,10 @@ def run_stage(command: list[str], seconds: float, log: Path) -> dict:
     start = time.time()
     status = call([sys.executable, "-m", *command], seconds, log)
     seconds, lines = time.time() - start, log.read_text("utf-8", "replace").splitlines()
-    if command[0] == "pytest":
-        result, status = count_tests(lines), 0 if status == 1 else status  # 1: some failed, which is a result
-    else:
-        result = next((json.loads(x) for x in reversed(lines) if x.startswith("{")), None) if status == 0 else None
+    result = next((json.loads(x) for x in reversed(lines) if x.startswith("{")), None) if status == 0 else None
     head = bench.here() | {"state": "out of time" if status is None else "failed" if status else "done"}
     last = [line for line in lines if not line.startswith("{")][-LINES:]
     return head | {"seconds": seconds, "command": command, "result": result, "last lines": last}
-
-
-def count_tests(lines: list[str]) -> dict:
-    """pytest's output -> {"passed": 3, "failed": 1, .., "failures": [name, ..]}."""
-    ends = [re.findall(r"(\d+) (passed|failed|skipped|error)", x) for x in lines if re.search(r" in [\d.]+s", x)]
-    names = [re.fullmatch(r"(?:FAILED|ERROR) (.+?)(?: - .*)?", x) for x in lines]
-    return {name: int(n) for n, name in (ends or [[]])[-1]} | {"failures": [m[1] for m in names if m]}
 
 
 def run_all(args):
@@ -183,55 +167,9 @@ def markdown(done: dict) -> str:
     return text
 
 
-# --- parity, profile --------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def parity(args) -> dict:
-    """Logits of real prompts by this Llama and by transformers'. fp32: within 1e-4. bf16: the mean distance to one's
-    own logits in fp32 is at most 1.5 times theirs."""
-    result, exact = {}, []
-    for dtype in ("float32", "bfloat16"):
-        flags = ["decode", "--data", args.data, "--model", args.model, "--dtype", dtype]
-        r, (tokens, item, _), head = bench.set_up(bench.make_parser().parse_args(flags))
-        there, theirs = item >= 0, bench.transformers_model(r.model)
-        ours = r.model.logits(r.model(tokens, layout(item))[there])  # (R, V) after all tokens of all prompts
-        other = theirs(input_ids=tokens, attention_mask=there.long(), use_cache=False).logits[there].float()
-        exact = exact or [ours, other]
-        gap = float((ours - other).abs().max())
-        lost = [float((a - b).abs().mean()) for a, b in zip((ours, other), exact, strict=True)]
-        within = gap < 1e-4 if dtype == "float32" else lost[0] <= 1.5 * lost[1]
-        result[dtype] = {"gap": gap, "ours to fp32": lost[0], "theirs to fp32": lost[1], "within": within}
-        print(f"{dtype}: gap {gap:.2g}, mean distance to fp32 {lost[0]:.2g}, theirs {lost[1]:.2g}; within: {within}")
-    return head | result
-
-
-def profile(args) -> dict:
-    """A training step of the plans: its seconds; idle, the share of them in which the device runs no kernel (None on a
-    CPU); the kernels, or on a CPU the operations, that take longest."""
-    flags = ["--data", args.data, "--model", args.model, *(TOY if args.toy else CARD)["plans"].split()]
-    r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
-    r.model.train()
-    batch, gpu = train.get_batch(r, 0), r.device.type == "cuda"
-    seconds = [bench.measure(train.update, r, 0, batch, 1e-5)[1] for _ in range(5)]
-    usual = statistics.median(seconds[2:])  # without the profiler, which slows the CPU down
-    asked = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[asked.CPU, asked.CUDA] if gpu else [asked.CPU]) as p:
-        bench.measure(train.update, r, 0, batch, 1e-5)
-    kind, name = (DeviceType.CUDA, "self_device_time_total") if gpu else (DeviceType.CPU, "self_cpu_time_total")
-    events = [e for e in p.key_averages() if e.device_type == kind and not e.is_user_annotation]
-    top = [{"name": e.key[:90], "ms": getattr(e, name) / 1000, "calls": e.count} for e in events]
-    idle = max(0.0, 1 - sum(e["ms"] for e in top) / 1000 / usual) if gpu and top else None
-    top = sorted(top, key=lambda e: -e["ms"])[:15]
-    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s" + ("" if idle is None else f", {idle:.0%} idle"))
-    print("\n".join(f"{e['ms']:9.2f} ms  {e['calls']:5} x  {e['name']}" for e in top))
-    return bench.here() | {"seconds": usual, "tokens": batch.tokens, "idle": idle, "top": top}
-
-
 def make_parser() -> Parser:
     p = Parser(description=__doc__)
     add = p.add_argument
-    add("stage", nargs="?", default="all", choices=("all", "parity", "profile"))
     add("--out", default="out/gpu", help="folder of all that is found (default: %(default)s)")
     add("--minutes", type=number(float, 0, 10**6), default=15.0, help="in all (default: 15)")
     add("--data", default="beauty", help="a preset or a folder (default: %(default)s)")
@@ -241,14 +179,8 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]):
-    args = make_parser().parse_args(argv)
-    if args.stage == "all":
-        return run_all(args)
-    try:
-        print(json.dumps({"parity": parity, "profile": profile}[args.stage](args)))
-    except ModuleNotFoundError as e:
-        raise InputError(f"{args.stage} compares with {e.name}: pip install -r requirements-dev.txt") from None
+    run_all(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

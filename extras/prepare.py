@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import TIMES
-from eval import Parser, run
+from eval import Parser, run_main
 from hatllm import InputError
 
 NAMES = {  # what a column may be called, the most telling first; in small letters, without _ and the like
@@ -265,4 +265,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

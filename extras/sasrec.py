@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from eval import NAMES, Parser, device_and_dtype, metrics, number, popularity, report, run, table
+from eval import NAMES, Parser, device_and_dtype, metrics, number, popularity, report, run_main, table
 from hatllm import InputError
 from model import write_json
 
@@ -167,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="of Adam (default: %(default)s)")
     add("--epochs", type=whole, default=100, help="at most (default: %(default)s)")
     add("--seeds", type=whole, default=1, help="train what the grid chose with seeds 0 .. so many - 1; 0 is the grid's")
-    add("--out", default="out", help="folder of baselines-DATA-SPLIT.json and .jsonl (default: %(default)s)")
+    add("--out", default="out", help="folder of baselines-DATA-SPLIT.json (default: %(default)s)")
     return p
 
 
@@ -186,8 +186,8 @@ def main(argv: list[str]):
     tried = [fit(d, args, hidden, dropout, 0, device) for hidden in args.hidden for dropout in args.dropout]
     best = max(tried, key=lambda t: t[1]["valid NDCG@10"])
     chosen = [best] + [fit(d, args, best[1]["hidden"], best[1]["dropout"], s, device) for s in range(1, args.seeds)]
-    places = [ranks(model, d, "test", args) for model, _ in chosen]
-    popular, *each = [report(d, d.test, *place) for place in (popularity(d, d.test), *places)]
+    popular = report(d, d.test, *popularity(d, d.test))
+    each = [report(d, d.test, *ranks(model, d, "test", args)) for model, _ in chosen]
     mean = {name: float(np.mean([r[name] for r in each])) for name in NAMES}
     rows = {"popularity": popular, f"SASRec, mean over {args.seeds} seeds" if args.seeds > 1 else "SASRec": mean}
     print(f"{len(d.test):,} test windows, {len(d.ids):,} items, asked with the last {args.history}\n{table(rows)}")
@@ -195,11 +195,8 @@ def main(argv: list[str]):
     runs = [log | {"test": r} for (_, log), r in zip(chosen, each, strict=True)]
     saved = {"flags": vars(args), "digest": d.digest, "popularity": popular, "SASRec": mean, "runs": runs}
     write_json(out, saved | {"grid": [log for _, log in tried]})
-    lines = [{"user": w.user, "target": d.ids[w.target], "before": int(b), "ties": int(t)}
-             for w, b, t in zip(d.test, *places[0], strict=True)]  # fmt: skip
-    write_json(out.with_suffix(".jsonl"), lines)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -365,4 +365,4 @@ def test_a_missing_compiler_is_a_sentence():
         raise failure("no compiler\nmore")
 
     with pytest.raises(SystemExit, match="error: --compile does not work here .no compiler."):
-        ev.run(main)
+        ev.run_main(main)

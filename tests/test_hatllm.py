@@ -112,7 +112,7 @@ def test_masks_are_the_definition(seed):
     lay, T = as_layout(rows), len(rows[0][0])
     for kind in KINDS:
         want = torch.tensor([[[may_look(kind, i, j, *row) for j in range(T)] for i in range(T)] for row in rows])
-        assert torch.equal(lay.mask(kind)[:, 0], want), kind
+        assert torch.equal(mask(kind, lay.item, lay.sees), want), kind
         for Tq in (1, T // 2):
             assert torch.equal(mask(kind, lay.item, lay.sees[:, -Tq:]), want[:, -Tq:]), kind
     for b, row in enumerate(rows):
@@ -127,7 +127,7 @@ def test_a_branch_continues_from_its_fork():
     fork = torch.tensor([[0, 0, 0, 0, 0, 3, 3, 3, 5, 5]])
     lay = layout(item, branch, fork)
     assert lay.pos.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 5, 6]]
-    looks = ["".join(".x"[v] for v in row) for row in lay.mask("OR")[0, 0].int().tolist()]
+    looks = ["".join(".x"[v] for v in row) for row in mask("OR", lay.item, lay.sees)[0].int().tolist()]
     assert looks[5:] == ["xxx..x....", "xxx..xx...", "xxx..xxx..", "xxxxx...x.", "xxxxx...xx"]
 
 
@@ -139,7 +139,10 @@ def test_additive_mask_is_0_or_minus_infinity_for_every_kind_heads_and_type():
             for dtype in (torch.float32, torch.bfloat16):
                 M = lay.additive_mask(kind, G, dtype)
                 assert M.dtype == dtype and M.shape == (2, 1, G * 4, 4)
-                assert torch.equal(M == 0, lay.mask(kind).repeat(1, 1, G, 1)) and (M[M != 0] == -torch.inf).all()
+                assert (
+                    torch.equal(M == 0, mask(kind, lay.item, lay.sees)[:, None].repeat(1, 1, G, 1))
+                    and (M[M != 0] == -torch.inf).all()
+                )
     assert lay.additive_mask("IN", 3, torch.float32) is lay.additive_mask("IN", 3, torch.float32), "built once"
 
 

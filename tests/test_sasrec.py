@@ -12,7 +12,6 @@ import torch
 from conftest import spread
 
 import data
-from eval import metrics
 from extras import sasrec
 from extras.sasrec import MAX_LEN, SASRec, fit, histories, main, make_parser, pieces, ranks
 from hatllm import InputError
@@ -153,13 +152,10 @@ def test_learns_what_can_be_learnt(tmp_path, monkeypatch):
     d, path = load(tmp_path, walks(150)), tmp_path / f"out/baselines-{tmp_path.name}-loo-core0.json"
     more = "--split loo --core 0 --hidden 2 32 --dropout 0.1 --lr 5e-3 --epochs 3 --seeds 2".split()
     main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *more])
-    found, lines = json.loads(path.read_text()), [json.loads(x) for x in open(path.with_suffix(".jsonl"))]
+    found = json.loads(path.read_text())
     assert found["SASRec"]["HR@1"] > 0.8 and found["popularity"]["HR@1"] < 0.3 and found["digest"] == d.digest
     assert [(r["seed"], r["hidden"]) for r in found["runs"]] == [(0, 32), (1, 32)] and len(found["grid"]) == 2
     assert found["SASRec"]["NDCG@10"] == pytest.approx(np.mean([r["test"]["NDCG@10"] for r in found["runs"]]))
-    assert [(x["user"], x["target"]) for x in lines] == [(w.user, d.ids[w.target]) for w in d.test]
-    own = metrics(*(np.array([x[k] for x in lines]) for k in ("before", "ties")))
-    assert own.items() <= found["runs"][0]["test"].items()
 
 
 def test_errors_are_sentences(tmp_path, monkeypatch):

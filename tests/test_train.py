@@ -460,7 +460,7 @@ def test_too_small_a_memory_names_remedies_that_work(shop, tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="memory.*--tokens.*--resume"):
         before_step(patch, 3, lambda: torch.empty(1 << 60))
         patch.setattr(sys, "argv", ["train.py", *command(shop, out, **flags)])
-        evaluation.run(train.main)
+        evaluation.run_main(train.main)
     assert train.main([*command(shop, out, tokens=99, **flags), "--resume"])
 
 
