@@ -46,12 +46,13 @@ TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from 
 # --- Reading: what is wrong gets a sentence that names file and line ------------------------------------------------
 
 
-def read_table(path: Path, columns: str) -> Iterator[tuple[str, dict[str, str]]]:
+def read_table(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of path[.gz] as (where, {column: text}), one at a time. The header names at least these columns, in any
     order; quotes are text."""
     found = [p for p in (path, Path(f"{path}.gz")) if p.exists()]
     if len(found) != 1:
-        raise InputError(f"{path.parent} has {len(found)} of {path.name} and {path.name}.gz; one of the two is needed")
+        what = "both are there, give one of them" if found else "there is no such file"
+        raise InputError(f"{path} or {path}.gz: {what}")
     path = found[0]
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -59,8 +60,9 @@ def read_table(path: Path, columns: str) -> Iterator[tuple[str, dict[str, str]]]
             rows.fieldnames = ["times" if c in TIMES else c for c in rows.fieldnames or ()]
             if len(set(rows.fieldnames)) < len(rows.fieldnames):
                 raise InputError(f"{path}, line 1: a column stands there twice")
-            if lacking := set(columns.split()) - set(rows.fieldnames):
-                raise InputError(f"{path}, line 1: no column {', '.join(lacking)}; tabs stand between columns")
+            if lacking := [c for c in columns if c not in rows.fieldnames]:
+                there = ", ".join(rows.fieldnames)
+                raise InputError(f"{path}, line 1: no column {lacking[0]} among {there:.200}; tabs stand between them")
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
@@ -77,8 +79,8 @@ class Item(NamedTuple):
 
 def read_items(path: Path, columns: str = "title") -> dict[str, Item]:
     """item_id -> Item, in the order of the file. columns: those that a history shows, separated by commas."""
-    items, shown = {}, columns.split(",")
-    for where, row in read_table(path, " ".join(["item_id title", *shown])):
+    items, shown = {}, [column.strip() for column in columns.split(",")]
+    for where, row in read_table(path, ["item_id", "title", *shown]):
         if row["item_id"] in items:
             raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
         row = {name: " ".join(text.split()) for name, text in row.items()}
@@ -99,7 +101,7 @@ def read_times(where: str, text: str, n: int) -> list[float]:
 def read_ids(where: str | Path, text: str, index: dict[str, int], least: int) -> list[int]:
     ids = text.split()
     if unknown := [i for i in ids if i not in index]:
-        raise InputError(f"{where}: item {unknown[0]} is not in the catalogue; see --core and --catalogue")
+        raise InputError(f"{where}: item {unknown[0]} is unknown: no item of items.tsv, or --core has left it out")
     if len(ids) < least:
         raise InputError(f"{where}: {len(ids)} items, but {least} are needed")
     return [index[i] for i in ids]
@@ -108,7 +110,7 @@ def read_ids(where: str | Path, text: str, index: dict[str, int], least: int) ->
 def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
     """user -> [(item, time)] in time order."""
     users = {}
-    for where, row in read_table(folder / "sequences.tsv", "user_id item_ids times"):
+    for where, row in read_table(folder / "sequences.tsv", ["user_id", "item_ids", "times"]):
         items = read_ids(where, row["item_ids"], index, 1)
         times = read_times(where, row["times"], len(items))
         if any(a > b for a, b in itertools.pairwise(times)):
@@ -125,7 +127,7 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
 def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dict[str, list]:
     """split -> windows. Untitled items leave the histories; a window with an untitled target is dropped."""
     rows = {"train": [], "valid": [], "test": []}
-    for where, row in read_table(folder / "windows.tsv", "split user_id item_ids times"):
+    for where, row in read_table(folder / "windows.tsv", ["split", "user_id", "item_ids", "times"]):
         *history, target = read_ids(where, row["item_ids"], index, 2)
         history = [i for i in history if titled[i]][-HISTORY:]
         (time,) = read_times(where, row["times"], 1)
@@ -143,7 +145,7 @@ def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dic
 def read_histories(path: Path, ids: list[str]) -> Iterator["Window"]:
     """Windows without a target, a line of the file at a time."""
     index = {x: i for i, x in enumerate(ids)}
-    for where, row in read_table(path, "user_id item_ids"):
+    for where, row in read_table(path, ["user_id", "item_ids"]):
         yield Window(read_ids(where, row["item_ids"], index, 1)[-HISTORY:], None, row["user_id"], math.inf)
 
 
@@ -169,6 +171,7 @@ class Dataset:
     valid: list[Window]
     test: list[Window]
     sequences: list[list[int]]  # the training interactions, in order, a user (or a stretch of one) a list
+    left_out: int = 0  # users with too few interactions
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -190,8 +193,9 @@ class Dataset:
     def summary(self) -> str:
         users = {w.user for part in (self.train, self.valid, self.test) for w in part}
         sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,}"
-        name = self.folder.name
-        return f"{name}: {len(users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
+        name, left_out = self.folder.name, f"; {self.left_out:,} more users have too few items, see --core"
+        text = f"{name}: {len(users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
+        return text + left_out * (self.left_out > 0)
 
 
 def core(users: dict, k: int) -> dict:
@@ -273,7 +277,9 @@ def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "titl
         rows = read_windows(folder, index, titled)
         return catalogued(folder, items, rows, chain(rows["train"]))
     users = {u: [(i, t) for i, t in s if titled[i]] for u, s in read_sequences(folder, index).items()}
-    return catalogued(folder, items, *(split_loo if split == "loo" else split_time)(core(users, k)))
+    d = catalogued(folder, items, *(split_loo if split == "loo" else split_time)(core(users, k)))
+    d.left_out = len(users) - len(d.future)
+    return d
 
 
 def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequences: list[list[int]]) -> Dataset:

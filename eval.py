@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import Catalogue, Dataset, Window
 from decode import Decoder
-from hatllm import InputError
+from hatllm import InputError, draw
 from model import Llama, adapters, check_type, load, load_lora, merge_lora, read_json, write_json
 
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
@@ -207,10 +207,16 @@ def fingerprint(folder: str | Path) -> str:
     return h.hexdigest()[:16]
 
 
+def masks(plan: list[str]) -> str:
+    """A fingerprint of the masks of these layers on a small example: a kind may be edited after a run."""
+    return hashlib.sha256(draw(sorted(set(plan))).encode()).hexdigest()[:16]
+
+
 def read_run(out: Path) -> dict:
     """config.json of a run of train.py."""
     if not (out / "config.json").exists():
-        raise InputError(f"--out {out}: no run of train.py is there")
+        below = ", ".join(sorted(str(file.parent) for file in out.glob("*/config.json")))
+        raise InputError(f"--out {out}: no run of train.py is there" + (f", but in {below:.300}" if below else ""))
     if "digest" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: no run of train.py; a model's folder is given to train.py as --model")
     kinds = dict.fromkeys("split columns data_folder digest dtype plan loss base base_source base_digest".split(), str)
@@ -259,15 +265,20 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
     if only:  # ids, one a line
-        index = {d.ids[i]: i for i in candidates}
-        candidates = data.read_ids(only, Path(only).read_text("utf-8-sig", "replace"), index, 1)
+        asked, known = Path(only).read_text("utf-8-sig", "replace").split(), len(candidates)
+        candidates = [i for i in candidates if d.ids[i] in set(asked)]
+        print(f"{only}: {len(candidates):,} of its {len(asked):,} ids are among the {known:,} items")
     if not candidates:
-        raise InputError(f"{catalogue} names no item with a title")
+        raise InputError(f"{only or catalogue} names no item that has a title and is in the catalogue")
     device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
         model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
+    if c.get("masks", now := masks(model.plan)) != now:
+        raise InputError(
+            f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py to evaluate it"
+        )
     model = frozen(model, dtype).to(device)
     return model, Catalogue(d.titles, data.read_tokenizer(best), model.config, d.texts, candidates), d, c
 
@@ -337,7 +348,8 @@ class Parser(argparse.ArgumentParser):
 def run_main(main):
     """Calls main with the command line; what the user can mend, a full disk included, is a sentence, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # titles on a terminal that is not UTF-8
+    # titles on a terminal that is not UTF-8; a log file that can be followed
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         done = main(sys.argv[1:])
         sys.stdout.flush()
@@ -374,7 +386,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--beam", type=whole, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
     add("--score", default="trie", choices=("trie", "full"),
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
-    add("--exclude_history", action="store_true", help="never recommend what the history holds")
+    add("--exclude_history", action="store_true", help="never recommend what the prompt shows: the last 10 items")
     add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
     add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
@@ -388,6 +400,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 DEFAULTS = make_parser().parse_args([])
+ASK = ("recommend", "user", "histories")  # the flags that ask for recommendations
 
 
 class Recommender:
@@ -395,19 +408,20 @@ class Recommender:
 
     def __init__(self, out: str | Path, **flags):
         """out: the run's folder. flags: those of the command line, as only="ids.txt" or exclude_history=True."""
-        if unknown := flags.keys() - vars(DEFAULTS).keys():
-            raise InputError(f"Recommender has no flag {', '.join(unknown)}; it has those of eval.py")
-        a = self.args = argparse.Namespace(**vars(DEFAULTS) | flags)
+        argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value != ""]
+        a = self.args = make_parser().parse_args(argv)
         self.model, self.cat, self.d, self.config = load_run(out, a.data, a.base, a.catalogue, a.only)
         self.decoder = make_decoder(self.model, self.cat, self.config, a.score)
         self.index = {x: i for i, x in enumerate(self.d.ids)}  # an id, but rather a title in lower case, or as written
         numbered = [*enumerate(self.d.titles)][::-1]  # of equal titles the first counts
         self.index |= {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}
 
-    def top_k(self, histories: list[list[str]], k: int = 10) -> list[dict]:
-        """histories: titles or item ids, oldest first -> for each the k best titles, as in predictions.jsonl: "titles",
-        "scores" (log-probabilities), and "items", for every title the ids that bear it."""
-        args = argparse.Namespace(**vars(self.args) | {"k": k})
+    def top_k(self, histories: list[list[str]], k: int | None = None) -> list[dict]:
+        """histories: titles or item ids, oldest first -> for each the k best titles (None: 10, or the flag), as in
+        predictions.jsonl: "titles", "scores" (log-probabilities), and "items", for every title the ids that bear it."""
+        args = argparse.Namespace(**vars(self.args) | {"k": self.args.k if k is None else k})
+        if args.k < 1:
+            raise InputError(f"top_k: k is {k}; 1 is the least")
         return predict(self.decoder, self.cat, self.d, [self.window(h) for h in histories], args)
 
     def window(self, history: list[str]) -> Window:
@@ -510,12 +524,13 @@ def tag(args, catalogue=None) -> str:
 
 def main(argv: list[str]):
     args = make_parser().parse_args(argv)
-    asked = args.recommend or args.user is not None or args.histories
+    asked = any(vars(args)[name] is not None for name in ASK)
     if args.k < KS[-1] and not asked:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     if args.to and not args.histories:
         raise InputError("--to says where --histories writes; it goes with no other flag")
-    world, r = World(), Recommender(**vars(args))
+    given = {name: v for name, v in vars(args).items() if v != vars(DEFAULTS)[name]}
+    world, r = World(), Recommender(args.out, **{name: given[name] for name in given.keys() - {"out", "to", *ASK}})
     if args.histories:
         return write_recommendations(r, args, world)
     if asked:

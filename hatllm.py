@@ -93,6 +93,8 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
         return sees & (~both_items | same)
     if kind == "IN-closed":
         return sees & same
+    if kind not in ("CR", "CR-own", "CR-last"):
+        raise InputError(f"layers of kind '{kind}': hatllm.KINDS names it, but hatllm.mask has no lines for it")
     at = torch.arange(item.shape[1], device=item.device)
     hidden = both_items & same & (at[-sees.shape[1] :, None] != at)  # CR
     if kind in ("CR-own", "CR-last"):

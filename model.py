@@ -441,10 +441,11 @@ def save_lora(model: Llama, folder: str | Path, base: str = ""):
     one = next(iter(own.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
     config |= {"r": one.r, "lora_alpha": one.alpha, "lora_dropout": one.dropout.p}
-    config |= {"hatllm_plan": model.config.hatllm_plan, "target_modules": sorted({n.rpartition(".")[2] for n in own})}
+    config |= {"target_modules": sorted({n.rpartition(".")[2] for n in own})}
     write_json(folder / "adapter_config.json", config)
     tensors = {peft_name(n): p.detach().contiguous() for n, p in model.named_parameters() if peft_name(n)}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    plan = {"format": "pt", "hatllm_plan": model.config.hatllm_plan}  # peft warns of keys that its config does not know
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=plan)
 
 
 def load_lora(model: Llama, folder: str | Path) -> Llama:

@@ -91,6 +91,16 @@ def make_parser() -> argparse.ArgumentParser:
     return p
 
 
+def parse(argv: list[str]):
+    """--resume takes the flags that are not given from the run."""
+    p = make_parser()
+    args = p.parse_args(argv)
+    if args.resume and args.out:
+        c = eval.read_run(Path(args.out))
+        p.set_defaults(**{name: c[name] for name in vars(args) if name in c})
+    return p.parse_args(argv)
+
+
 def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
     if not args.out:
@@ -205,6 +215,7 @@ def make_config(run: Run) -> dict:
     origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base
     return vars(run.args) | {
         "constants": json.loads(json.dumps(constants)),
+        "masks": eval.masks(run.model.plan),
         "data_folder": str(run.d.folder.resolve()),
         "digest": run.d.digest,
         "base": run.base,
@@ -484,8 +495,8 @@ def check_same(old: dict, run: Run):
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
     if changed:
         raise InputError(
-            f"--resume: {'; '.join(changed)}; give the command that began {run.out} (digest: the files of the data or "
-            "the base). To train a finished full model on, give its best-STEP as --model: its learning rate has fallen"
+            f"--resume: {'; '.join(changed)} (digest: the files of the data or base). Flags need not be given again. "
+            "To train a finished model on: --model best-STEP --lora 0, the rest as it was"
         )
 
 
@@ -494,7 +505,7 @@ def check_same(old: dict, run: Run):
 
 def main(argv: list[str]) -> bool:
     """-> whether the run came to its end."""
-    run = Run(resolve(make_parser().parse_args(argv)))
+    run = Run(resolve(parse(argv)))
     held = prepare_out(run) if run.world.rank == 0 else None
     run.world.barrier()
     if run.world.rank == 0:
@@ -504,7 +515,7 @@ def main(argv: list[str]) -> bool:
         if done:
             test_best(run)
         elif run.world.rank == 0:
-            print(f"stopped, nothing is lost; go on with the same command and --resume --out {run.args.out}")
+            print(f"stopped, nothing is lost; go on with: train.py --resume --out {run.args.out}")
     finally:
         if held is not None:
             os.close(held)

@@ -18,6 +18,7 @@ import base64
 import bz2
 import gc
 import hashlib
+import itertools
 import json
 import sys
 import traceback
@@ -32,7 +33,7 @@ import data
 import eval
 import train
 from eval import Parser, load_run, metrics, number
-from hatllm import PLAN, TARGET, InputError, layout, mask
+from hatllm import KINDS, PLAN, TARGET, InputError, layout, mask
 from model import Llama, load, read_json, rope, write_json
 
 PLANS = (  # the most valuable first: what is finished when time runs out should answer something
@@ -49,8 +50,11 @@ PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
 NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
 and in brackets a 95% bootstrap interval over users, which says nothing about other seeds: a small one beside a large
 deviation over seeds proves nothing"""
-GROUPS = ("header", "title", "history")  # queries: the token before the title, the title's, the history items'
-PARTS = ("within", "across", "context", "first")  # keys: the same item, other items, context, the text's first token
+LOOKS = """Whose attention: header, the token before the title; title, its tokens; history, the items' tokens. What it
+goes to: within, the same item (a token is within its own); across, other items (to the header all are); context, the
+instruction and separators; first, the text's first token."""
+GROUPS = ("header", "title", "history")  # of queries
+PARTS = ("within", "across", "context", "first")  # of keys
 
 
 # --- run: seeds x data sets x plans -----------------------------------------------------------------------------------
@@ -86,12 +90,15 @@ def once(place: Path, argv: list[str]) -> bool:
 
 def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
-    for seed in args.seeds.split(","):  # a mistyped flag ends it here, not in every run
+    plans, seeds = [" ".join(plan.split()) for plan in args.plans.split(";") if plan.strip()], args.seeds.split(",")
+    for seed in (seeds := [seed.strip() for seed in seeds]):  # a mistyped flag ends it here, not in every run
         train.make_parser().parse_args([*theirs, "--seed", seed])
+    for plan in plans:
+        if unknown := {part.partition(":")[0] for part in plan.split()} - {*KINDS}:
+            raise InputError(f"plan '{plan}': unknown layer kind '{min(unknown)}'; the kinds are {', '.join(KINDS)}")
     if own := {"--resume", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
         raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
-    plans, failed = [" ".join(plan.split()) for plan in args.plans.split(";")], []
-    todo = [(seed, name, plan) for seed in args.seeds.split(",") for name in args.data.split(",") for plan in plans]
+    failed, todo = [], [(seed, name, plan) for seed in seeds for name in args.data.split(",") for plan in plans]
     for i, (seed, name, plan) in enumerate(todo, 1):
         place = Path(args.out) / f"{Path(name).name}-{train.slug(plan)}-s{seed}"
         print(f"\n[{i}/{len(todo)}] {place}", flush=True)
@@ -153,6 +160,7 @@ def keep(args):
         path = Path(args.to) / f"{place.resolve().name}.run.json"
         if not finished(place) or path.exists():
             raise InputError(f"{path} exists" if path.exists() else f"{place}: no finished run of train.py is there")
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record(place, args.note))
         print(f"{path}, {path.stat().st_size:,} bytes")
 
@@ -263,8 +271,11 @@ def make_table(args):
         raise InputError(f"--out {out}: no finished run is there; `python -m extras.ablate run` makes them")
     for (title, *_), runs in sorted(groups.items()):
         title += f", targets that occur {least} to {most} times in training" if args.seen else ""
-        if len({(r["plan"], r["seed"]) for r in runs}) < len(runs):
-            raise InputError(f"--out {out} holds a plan and a seed twice; move one of the runs away: {title}")
+        for a, b in itertools.combinations(runs, 2):
+            if (a["plan"], a["seed"]) == (b["plan"], b["seed"]):
+                raise InputError(
+                    f"{a['place']} and {b['place']} have one plan, seed and setting; move one of them away"
+                )
         runs, notes = sorted(runs, key=lambda r: r["seed"]), sorted({r["note"] for r in runs} - {""})
         made.append({"setting": title, "notes": notes, "n": len(runs[0]["nll"]), "rows": rows_of(runs, out)})
     text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
@@ -424,7 +435,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("table", help="the plans against the plain LLM").add_argument
     add("--out", default="out/ablate", help="folder of runs or of what is kept; baselines-*.json there or beside it")
     add("--seen", nargs=2, type=count, metavar=("LEAST", "MOST"), help="only targets so often in training: 0 0, 1 4")
-    looking = commands.add_parser("attention", help="where a model looks, layer by layer")
+    looking = commands.add_parser("attention", help="where a model looks, layer by layer", description=LOOKS)
     add = looking.add_argument
     add("--out", default="out", help="folder of a run of train.py")
     add("--data", default="", help="its data set's folder, if that has moved")

@@ -50,7 +50,20 @@ def here() -> dict[str, str]:
 def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
     what the numbers hold for, which is printed."""
-    flags = ["--data", args.data, "--model", args.model, "--plan", plan, "--dtype", args.dtype, "--lora", "0"]
+    flags = [
+        "--data",
+        args.data,
+        "--model",
+        args.model,
+        "--plan",
+        plan,
+        "--dtype",
+        args.dtype,
+        "--lora",
+        "0",
+        "--dropout",
+        "0",
+    ]
     flags += ["--loss", "lml", "--tokens", str(args.tokens)]
     r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
     trained = args.mode == "train" and not args.lora  # such weights stay in fp32, as in train.py
@@ -306,6 +319,7 @@ def bench_train(args) -> dict:
         show([first, row])
         rows += [first, row | {"losses": [loss for loss, _ in found]}]
     agree = max(row.get("gap", 0) for row in rows) < (1e-4 if r.dtype == torch.float32 else 2e-2)
+    print(f"losses agree: {agree}")
     return head | {"rows": rows, "losses agree": agree}
 
 

@@ -37,8 +37,8 @@ from hatllm import InputError
 
 NAMES = {  # what a column may be called, the most telling first; in small letters, without _ and the like
     "user": "userid user uid reviewerid customerid customer memberid visitorid sessionid".split(),
-    "item": "parentasin asin itemid item movieid productid articleid bookid sku".split(),
-    "time": "unixreviewtime timestamp times time unixtime datetime date eventtime createdat".split(),
+    "item": "parentasin asin itemid item movieid productid articleid bookid sku stockcode".split(),
+    "time": "unixreviewtime timestamp times time unixtime datetime date eventtime createdat orderdate".split(),
     "title": "title itemtitle producttitle movietitle booktitle name itemname productname product".split(),
 }
 MOVIELENS = {  # files without a header: what stands between the columns, and the first columns
@@ -120,12 +120,18 @@ def table_rows(path, text, _):
 
 def find_columns(where, row, names, needed):
     """names: {role: what its column may be called} -> {role: column}. The needed roles must have one."""
-    plain = {re.sub(r"[\W_]", "", column).lower(): column for column in row} | {column: column for column in row}
-    found = {role: next((plain[name] for name in telling if name in plain), None) for role, telling in names.items()}
-    if missing := [role for role in needed if found[role] is None]:
-        there = ", ".join(row)
-        raise InputError(f"{where}: no column of {missing[0]}s; name it with --{missing[0]}; there are: {there:.200}")
+    there, found = {plain(column): column for column in row} | {column: column for column in row}, {}
+    for role, telling in names.items():
+        found[role] = next((there[name] for word in telling for name in (word, plain(word)) if name in there), None)
+        if role in needed and found[role] is None:
+            asked, there = " or ".join(telling[:3]), ", ".join(row)
+            raise InputError(f"{where}: no column of {role}s ({asked}); name it with --{role}; there are: {there:.200}")
     return found
+
+
+def plain(name):
+    """'Order Date' and 'order_date' -> 'orderdate'"""
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def bare(value):
@@ -166,7 +172,8 @@ def read_interactions(path, notes, given=NAMES):
         if not user or not item:
             note(notes, "interactions without a user or an item are left out", where)
         elif time is None:
-            note(notes, "interactions whose time is no ISO 8601 date and no number from 1970 on are left out", where)
+            what = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
+            note(notes, what, f"{where}, {row[column['time']]!r:.40}")
         elif item.split() != [item] or "\t" in user or len(user.splitlines()) > 1:
             what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
             raise InputError(f"{where}: {what}; write them without, in both files")
@@ -221,13 +228,13 @@ def write(folder, items, users):
     return f"{len(users):,} users, {len(items):,} items, {sum(map(len, users.values())):,} interactions"
 
 
-def prepare(interactions, catalogue, out, given=NAMES):
+def prepare(interactions, catalogue, out, given=NAMES, all_items=False):
     """Makes the folder out, whole or not at all; returns the counts in words, and the notes."""
     interactions, catalogue, out, notes = Path(interactions), Path(catalogue), Path(out), {}
     if out.exists():
         raise InputError(f"{out} is there already: give another --out, or move it away")
     users, first = read_interactions(interactions, notes, given)
-    items = read_items(catalogue, notes, given, wanted=first)
+    items = read_items(catalogue, notes, given, wanted=None if all_items else first)
     if catalogue.samefile(interactions):  # its other columns tell of an interaction, not of an item
         items = {item: {"title": row["title"]} for item, row in items.items()}
     count = Counter(item for events in users.values() for _, item in events)
@@ -254,10 +261,14 @@ def main(argv):
     parser.add_argument("items", metavar="ITEMS", help="the items' titles; may be the same file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     for role in NAMES:
-        parser.add_argument(f"--{role}", metavar="COLUMN", help=f"the column of {role}s, where its name does not tell")
+        parser.add_argument(f"--{role}", metavar="COLUMN", help=f"the column of {role}s, where its name does not tell; "
+                            "sku,code where the two files call it so")  # fmt: skip
+    parser.add_argument(
+        "--all_items", action="store_true", help="also keep what nobody bought, for eval.py --catalogue"
+    )
     args = parser.parse_args(argv)
-    given = {role: [vars(args)[role]] if vars(args)[role] else names for role, names in NAMES.items()}
-    counts, notes = prepare(args.interactions, args.items, args.out, given)
+    given = {role: vars(args)[role].split(",") if vars(args)[role] else names for role, names in NAMES.items()}
+    counts, notes = prepare(args.interactions, args.items, args.out, given, args.all_items)
     print(f"{args.out}: {counts}")
     for what, (n, where) in notes.items():
         print(f"  {n:,} {what}; the first: {where}")

@@ -192,7 +192,7 @@ def test_a_run_that_is_not_at_its_end_is_left_out(tmp_path):
     (tmp_path / "CR-s0/metrics.jsonl").write_text("\n".join(log))
     assert [row["name"] for row in tables(tmp_path)[0]["rows"]] == ["popularity", "OR", "IN"]
     shutil.copytree(tmp_path / "IN-s0", tmp_path / "copy")
-    with refuses("twice"):
+    with refuses("IN-s0 and", "copy have one plan"):
         tables(tmp_path)
 
 

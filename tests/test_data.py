@@ -177,7 +177,8 @@ def test_ties_as_in_the_file_or_shuffled(tmp_path, monkeypatch):
 
 
 PUBLISHED = [
-    "beauty: 22,332 users, 12,086 items, 46,908 / 5,863 / 5,864 train / valid / test windows",
+    "beauty: 22,332 users, 12,086 items, 46,908 / 5,863 / 5,864 train / valid / test windows; 31 more users have too "
+    "few items, see --core",
     "office: 4,895 users, 2,414 items, 15,400 / 1,925 / 1,925 train / valid / test windows",
     "books: 14,585 users, 6,342 items, 31,162 / 3,896 / 4,383 train / valid / test windows",
 ]

@@ -354,7 +354,7 @@ def test_main_on_what_is_no_run(moved, tmp_path):
 
 def test_a_terminal_that_is_not_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    ev.run(lambda argv: print("Café"))
+    ev.run_main(lambda argv: print("Café"))
     assert b"Caf?" in sys.stdout.buffer.getvalue()
 
 

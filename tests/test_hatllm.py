@@ -150,3 +150,9 @@ def test_drawing():
     """README's picture: whoever changes a rule changes it too."""
     shown = (REPO / "README.md").read_text("utf-8")
     assert all(line in shown for line in draw().splitlines())
+
+
+def test_a_kind_without_lines_is_no_other_kind():
+    """Catches a name that is added to KINDS, or misspelt in `mask`, and silently becomes CR."""
+    with refuses("'PREV'", "hatllm.mask has no lines for it"):
+        layout(torch.tensor([[0, 1]])).additive_mask("PREV", 1, torch.float32)

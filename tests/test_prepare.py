@@ -128,7 +128,7 @@ def test_what_is_left_out_is_counted_with_the_first_line(tmp_path):
     r, i = f"{tmp_path}/r.csv, line ", f"{tmp_path}/i.csv, line "
     expected = [
         ("duplicates", 2, r + "3"),
-        ("time is no", 1, r + "5"),
+        ("time is no", 1, r + "5, 'yesterday'"),
         ("without a user", 2, r + "6"),
         ("nobody", 1, i + "2"),
         ("without a title", 1, i + "4"),
@@ -215,3 +215,16 @@ def test_the_command_says_what_it_made_and_what_comes_next(tmp_path, capsys):
     assert out.endswith(f"next: python train.py --data {tmp_path}/my/shop\n")
     with refuses("my/shop is there already"):
         prepare.main(argv)
+
+
+def test_what_an_ordinary_shop_has(tmp_path, capsys):
+    """The two files call the item differently, names vary in case and spaces, and one item is new."""
+    orders = write(tmp_path / "o.csv", "Customer,ref,Order Date,day\nu,1,2020-01-01,x\nu,2,2020-01-02,x\n")
+    products = write(tmp_path / "p.csv", "code,Name\n1,Pen\n2,Ink\n3,New\n")
+    flags = [str(orders), str(products), "--item", "ref,code", "--time", "order_date"]
+    prepare.main([*flags, "--out", str(tmp_path / "made")])
+    assert table(tmp_path / "made/items.tsv.gz") == "item_id\ttitle\n1\tPen\n2\tInk\n"
+    prepare.main([*flags, "--out", str(tmp_path / "all"), "--all_items"])
+    assert table(tmp_path / "all/items.tsv.gz").endswith("3\tNew\n")
+    with refuses("o.csv, line 2", "times (when)", "--time", "Order Date, day"):
+        prepare.main([*flags[:4], "--time", "when", "--out", str(tmp_path / "no")])

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
+import hatllm
 import model as llama
 import train
 from data import Example
@@ -273,7 +274,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(kind, run, shop, base, tmp_path,
     assert {p.name for p in parts.iterdir()} == {"config.json", "step-000002"}
     said = capsys.readouterr().out
     assert "stopped, nothing is lost" in said and "error" not in said
-    train_stopped([*command(shop, parts, **flags), "--resume"], 5, signal.SIGINT)  # past the end of the epoch
+    train_stopped(["--resume", "--out", str(parts)], 5, signal.SIGINT)  # past the end of the epoch
     train_stopped([*command(shop, parts, **flags), "--resume"], 1)  # after the last step
     assert not list(parts.glob("results*"))
     train.main([*command(shop, parts, **flags), "--resume"])
@@ -366,13 +367,18 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
             train.main([*command(shop, out, **flags | more), "--resume"])
         assert files(out) == before
 
-    refused("--resume", "batch was 8, now it is 9", "give the command that began", batch=9)
+    refused("--resume", "batch was 8, now it is 9", "need not be given again", batch=9)
     refused("plan was IN:1/4 OR CR:1/4, now it is OR", plan="OR")
-    refused("max_steps was 1, now it is 2", "best-STEP as --model", max_steps=2)
+    refused("max_steps was 1, now it is 2", "--model best-STEP", max_steps=2)
     for module, name, value in ((train, "CLIP", 0.5), (data, "STRIDE", 3), (data, "HISTORY", 9)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(f"{name} was", f"now it is {value}")
+    with monkeypatch.context() as patch:
+        patch.setattr(hatllm, "mask", lambda kind, item, sees: sees)
+        refused("masks was")
+        with refuses(out, "other masks of IN:1/4 OR CR:1/4"):
+            evaluation.load_run(out)
     path = mine / "model.safetensors"
     save_file({k: v * 1.5 for k, v in load_file(path).items()}, path)
     refused("base_digest was")
