@@ -504,8 +504,12 @@ def check_same(old: dict, run: Run):
 
 
 def main(argv: list[str]) -> bool:
+    return train_and_test(resolve(parse(argv)))
+
+
+def train_and_test(args) -> bool:
     """-> whether the run came to its end."""
-    run = Run(resolve(parse(argv)))
+    run = Run(args)
     held = prepare_out(run) if run.world.rank == 0 else None
     run.world.barrier()
     if run.world.rank == 0:

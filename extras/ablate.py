@@ -85,7 +85,7 @@ def once(place: Path, argv: list[str]) -> bool:
         return True
     if args.compile:
         torch.compiler.reset()  # else this run's blocks count as recompilations of the last one's
-    return train.main(argv)
+    return train.train_and_test(args)
 
 
 def run_all(args, theirs: list[str]) -> bool:

@@ -70,6 +70,7 @@ def test_what_is_run(monkeypatch, tmp_path):
     for argv, message in (
         ("--max_stepss=3", "--max_stepss"),
         ("--resume", "--resume"),
+        ("--plans=OR;XX:1", "'XX'"),
         ("--plan=OR", "--plans"),
         ("--seed=1", "--seeds"),
     ):
@@ -88,7 +89,7 @@ def test_finished_runs_are_not_trained_again(runs, shop, tmp_path, monkeypatch, 
     argv = ["run", "--data", str(shop), "--plans", "OR", "--out", str(tmp_path), *STEPS]
     other = shutil.copytree(shop, tmp_path / "other/shop")
     (other / "items.tsv").write_text((other / "items.tsv").read_text().replace("red", "green"))
-    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train_and_test", lambda args: pytest.fail("trained again"))
     assert ablate.main(argv) and "finished already" in capsys.readouterr().out
     for more, message in (("--lr=0.1", "lr was 0.001, now it is 0.1"), (f"--data={other}", "digest was")):
         with pytest.raises(InputError, match=f"1 of 1 runs failed(.|\n)*{message}"):  # another experiment
@@ -102,6 +103,8 @@ def test_stopped_and_resumed(runs, shop, tmp_path, monkeypatch):
         patch.setattr(train, "update", lambda *args: (signal.raise_signal(signal.SIGTERM), update(*args))[1])
         assert not ablate.main([*argv, "OR;CR"])
     assert [p.name for p in tmp_path.iterdir()] == ["shop-OR-s0"]
+    with pytest.raises(InputError, match="lr was 0.001, now it is 0.1"):
+        ablate.main([*argv, "OR", "--lr=0.1"])
     assert ablate.main([*argv, "OR"])
     assert len({(out / "shop-OR-s0/predictions-test.jsonl").read_text() for out in (tmp_path, runs)}) == 1
 
