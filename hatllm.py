@@ -31,7 +31,7 @@ class InputError(ValueError):
 
 KINDS = ("IN", "OR", "CR", "IN-closed", "CR-own", "CR-last")
 TARGET = 1 << 20  # the `item` of the title to come
-PLAN = "IN:1/4 OR CR:1/4"  # the default: 8 + 14 + 8 of 30 layers, 2 + 2 + 2 of 6
+PLAN = "IN:1/4 OR CR:1/4"  # the default: 8 + 14 + 8 of 30 layers, 1 + 2 + 1 of 4
 
 
 def parse_plan(text: str, n_layers: int) -> list[str]:
@@ -178,6 +178,6 @@ def draw(kinds=KINDS, words=("Bought:", "red", "pen", ",", "ink", "well", ".", "
 
 
 if __name__ == "__main__":
-    print(f"plan {PLAN}: the layers of a 6-layer model are {' '.join(parse_plan(PLAN, 6))}\n")
+    print(f"plan {PLAN}: the layers of a 4-layer model are {' '.join(parse_plan(PLAN, 4))}\n")
     print(draw())
     print("\n# own item   + other item   o from or to context   . hidden by the mask")

@@ -55,7 +55,7 @@ WEIGHT_DECAY = 0.01  # on matrices
 CLIP = 1.0  # norm of the gradient at most
 VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which then has to be waited for
-TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)
+TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1)
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
