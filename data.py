@@ -438,9 +438,7 @@ class Catalogue:
             if not len(tokens) or c.eos_token_id in tokens:
                 what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
                 raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")
-        self.text_start = np.cumsum(
-            [0] + [len(t) for t in self.texts]
-        )  # where a text's tokens begin among those of all
+        self.text_start = np.cumsum([0] + [len(t) for t in self.texts])  # of a text's tokens, among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
         self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
         self.columns = torch.unique(self.trie.token[1:])  # (C,) the titles' tokens: the part of the head that is used

@@ -112,9 +112,7 @@ class Decoder:
         x, c = self.after_closed_layers(tokens, item, source), self.model.config
         none = x.new_zeros(len(item), c.num_key_value_heads, 0, c.head_dim)
         for layer in range(self.closed):
-            cache.extend(
-                layer, none, none
-            )  # no keys: a title does not look at the prompt there (Attention cuts the mask)
+            cache.extend(layer, none, none)  # a title does not look at the prompt there; Attention cuts the mask
         return state, self.model.norm(self.model.blocks(x, lay, cache, first=self.closed, rows=rows))
 
     def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:

@@ -265,8 +265,8 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
     if only:  # ids, one a line
-        asked, known = Path(only).read_text("utf-8-sig", "replace").split(), len(candidates)
-        candidates = [i for i in candidates if d.ids[i] in set(asked)]
+        asked, known = set(Path(only).read_text("utf-8-sig", "replace").split()), len(candidates)
+        candidates = [i for i in candidates if d.ids[i] in asked]
         print(f"{only}: {len(candidates):,} of its {len(asked):,} ids are among the {known:,} items")
     if not candidates:
         raise InputError(f"{only or catalogue} names no item that has a title and is in the catalogue")
@@ -408,7 +408,8 @@ class Recommender:
 
     def __init__(self, out: str | Path, **flags):
         """out: the run's folder. flags: those of the command line, as only="ids.txt" or exclude_history=True."""
-        argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value != ""]
+        given = {name: value for name, value in flags.items() if value is not False and value not in (None, "")}
+        argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
         a = self.args = make_parser().parse_args(argv)
         self.model, self.cat, self.d, self.config = load_run(out, a.data, a.base, a.catalogue, a.only)
         self.decoder = make_decoder(self.model, self.cat, self.config, a.score)

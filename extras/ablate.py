@@ -273,9 +273,7 @@ def make_table(args):
         title += f", targets that occur {least} to {most} times in training" if args.seen else ""
         for a, b in itertools.combinations(runs, 2):
             if (a["plan"], a["seed"]) == (b["plan"], b["seed"]):
-                raise InputError(
-                    f"{a['place']} and {b['place']} have one plan, seed and setting; move one of them away"
-                )
+                raise InputError(f"{a['place']} and {b['place']} have one plan, seed and setting; move one away")
         runs, notes = sorted(runs, key=lambda r: r["seed"]), sorted({r["note"] for r in runs} - {""})
         made.append({"setting": title, "notes": notes, "n": len(runs[0]["nll"]), "rows": rows_of(runs, out)})
     text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])

@@ -50,21 +50,8 @@ def here() -> dict[str, str]:
 def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
     what the numbers hold for, which is printed."""
-    flags = [
-        "--data",
-        args.data,
-        "--model",
-        args.model,
-        "--plan",
-        plan,
-        "--dtype",
-        args.dtype,
-        "--lora",
-        "0",
-        "--dropout",
-        "0",
-    ]
-    flags += ["--loss", "lml", "--tokens", str(args.tokens)]
+    flags = [f"--{name}={vars(args)[name]}" for name in ("data", "model", "dtype", "tokens")]
+    flags += ["--lora=0", "--dropout=0", "--loss=lml", f"--plan={plan}"]
     r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
     trained = args.mode == "train" and not args.lora  # such weights stay in fp32, as in train.py
     r.model.to(torch.float32 if trained else r.dtype).eval()

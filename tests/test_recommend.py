@@ -203,7 +203,7 @@ def test_names(made, whole, tmp_path):
         Recommender(made, score="ful")
     with refuses("k is 0"):
         whole.top_k([["i1"]], k=0)
-    assert len(Recommender(made, k=3).top_k([["i1"]])[0]["titles"]) == 3
+    assert len(Recommender(made, k=3, exclude_history=False, only="").top_k([["i1"]])[0]["titles"]) == 3
 
 
 def read(path: Path) -> dict[str, list[tuple]]:
