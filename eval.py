@@ -530,8 +530,8 @@ def main(argv: list[str]):
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     if args.to and not args.histories:
         raise InputError("--to says where --histories writes; it goes with no other flag")
-    given = {name: v for name, v in vars(args).items() if v != vars(DEFAULTS)[name]}
-    world, r = World(), Recommender(args.out, **{name: given[name] for name in given.keys() - {"out", "to", *ASK}})
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "to", *ASK)}
+    world, r = World(), Recommender(args.out, **flags)
     if args.histories:
         return write_recommendations(r, args, world)
     if asked:

@@ -34,20 +34,28 @@ TARGET = 1 << 20  # the `item` of the title to come
 PLAN = "IN:1/4 OR CR:1/4"  # the default: 8 + 14 + 8 of 30 layers, 1 + 2 + 1 of 4
 
 
-def parse_plan(text: str, n_layers: int) -> list[str]:
-    """'IN:8 OR:14 CR:8' -> the kind of every layer, first to last. A count may be a fraction of the depth (halves round
-    up). One kind may stand without a count and takes what is left. Raises InputError if the plan does not fit."""
-    kinds, sizes = [], []
+def split_plan(text: str) -> list[tuple[str, str]]:
+    """'IN:1/4 OR' -> [('IN', '1/4'), ('OR', '')]. Raises InputError for what fits no model."""
+    parts = []
     for part in text.split():
         kind, colon, count = part.partition(":")
         if kind not in KINDS:
             raise InputError(f"plan '{text}': unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
-        fits = re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else None not in sizes
+        fits = re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else all(count for _, count in parts)
         if not fits:
             raise InputError(f"plan '{text}': '{part}' needs a count, {kind}:8 or {kind}:1/4; one kind may go without")
-        layers = Fraction(count) * (n_layers if "/" in count else 1) if colon else None
+        parts.append((kind, count))
+    return parts
+
+
+def parse_plan(text: str, n_layers: int) -> list[str]:
+    """'IN:8 OR:14 CR:8' -> the kind of every layer, first to last. A count may be a fraction of the depth (halves round
+    up). One kind may stand without a count and takes what is left. Raises InputError if the plan does not fit."""
+    kinds, sizes = [], []
+    for kind, count in split_plan(text):
         kinds.append(kind)
-        sizes.append(int(layers + Fraction(1, 2)) if colon else None)
+        layers = Fraction(count) * (n_layers if "/" in count else 1) if count else None
+        sizes.append(int(layers + Fraction(1, 2)) if count else None)
     counted = sum(size for size in sizes if size is not None)
     if counted > n_layers or (counted < n_layers and None not in sizes):
         raise InputError(f"plan '{text}' covers {counted} layers, but the model has {n_layers}; try '{PLAN}'")

@@ -444,8 +444,9 @@ def save_lora(model: Llama, folder: str | Path, base: str = ""):
     config |= {"target_modules": sorted({n.rpartition(".")[2] for n in own})}
     write_json(folder / "adapter_config.json", config)
     tensors = {peft_name(n): p.detach().contiguous() for n, p in model.named_parameters() if peft_name(n)}
-    plan = {"format": "pt", "hatllm_plan": model.config.hatllm_plan}  # peft warns of keys that its config does not know
-    save_file(tensors, folder / "adapter_model.safetensors", metadata=plan)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # apart: peft warns of keys that it does not know, and two of safetensors' metadata have no fixed order in the file
+    write_json(folder / "hatllm.json", {"hatllm_plan": model.config.hatllm_plan})
 
 
 def load_lora(model: Llama, folder: str | Path) -> Llama:

@@ -95,9 +95,10 @@ def parse(argv: list[str]):
     """--resume takes the flags that are not given from the run."""
     p = make_parser()
     args = p.parse_args(argv)
-    if args.resume and args.out:
-        c = eval.read_run(Path(args.out))
-        p.set_defaults(**{name: c[name] for name in vars(args) if name in c})
+    if not (args.resume and args.out):
+        return args
+    c = eval.read_run(Path(args.out))
+    p.set_defaults(**{name: c[name] for name in vars(args) if name in c})
     return p.parse_args(argv)
 
 

@@ -33,7 +33,7 @@ import data
 import eval
 import train
 from eval import Parser, load_run, metrics, number
-from hatllm import KINDS, PLAN, TARGET, InputError, layout, mask
+from hatllm import PLAN, TARGET, InputError, layout, mask, split_plan
 from model import Llama, load, read_json, rope, write_json
 
 PLANS = (  # the most valuable first: what is finished when time runs out should answer something
@@ -90,12 +90,12 @@ def once(place: Path, argv: list[str]) -> bool:
 
 def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
-    plans, seeds = [" ".join(plan.split()) for plan in args.plans.split(";") if plan.strip()], args.seeds.split(",")
-    for seed in (seeds := [seed.strip() for seed in seeds]):  # a mistyped flag ends it here, not in every run
+    plans = [" ".join(plan.split()) for plan in args.plans.split(";") if plan.strip()]
+    seeds = [seed.strip() for seed in args.seeds.split(",")]
+    for seed in seeds:  # a mistyped flag ends it here, not in every run
         train.make_parser().parse_args([*theirs, "--seed", seed])
     for plan in plans:
-        if unknown := {part.partition(":")[0] for part in plan.split()} - {*KINDS}:
-            raise InputError(f"plan '{plan}': unknown layer kind '{min(unknown)}'; the kinds are {', '.join(KINDS)}")
+        split_plan(plan)
     if own := {"--resume", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
         raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
     failed, todo = [], [(seed, name, plan) for seed in seeds for name in args.data.split(",") for plan in plans]

@@ -173,7 +173,7 @@ def read_interactions(path, notes, given=NAMES):
             note(notes, "interactions without a user or an item are left out", where)
         elif time is None:
             what = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
-            note(notes, what, f"{where}, {row[column['time']]!r:.40}")
+            note(notes, what, f"{where}, {row.get(column['time'])!r:.40}")
         elif item.split() != [item] or "\t" in user or len(user.splitlines()) > 1:
             what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
             raise InputError(f"{where}: {what}; write them without, in both files")

@@ -43,9 +43,11 @@ def no_waits():
     """Whatever makes the CPU wait for the GPU raises."""
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-    yield
-    if DEVICE == "cuda":
-        torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def flags(shop, *more) -> list[str]:

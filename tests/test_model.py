@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PLANS, VOCAB, refuses, spread, tiny_config, tiny_model, weights_root
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hatllm import as_layout, may_look, random_layout
 from tokenizers import Tokenizer
@@ -404,8 +403,7 @@ def test_save_lora_is_loaded_by_peft(hf_folder, tmp_path):
     """Also with the plan in its config, which peft knows nothing of: it computes OR."""
     ours = adapted(hf_folder, targets=["q_proj", "down_proj"], plan="IN:1 CR:1")
     save_lora(ours, tmp_path / "adapter", base=str(hf_folder))
-    with safe_open(tmp_path / "adapter/adapter_model.safetensors", "pt") as file:
-        assert file.metadata()["hatllm_plan"] == "IN:1 CR:1"
+    assert json.loads((tmp_path / "adapter" / "hatllm.json").read_text())["hatllm_plan"] == "IN:1 CR:1"
     theirs = peft.PeftModel.from_pretrained(read_hf(hf_folder), tmp_path / "adapter").eval()
     assert theirs.peft_config["default"].base_model_name_or_path == str(hf_folder)
     again = load_lora(load(hf_folder), tmp_path / "adapter").eval()

@@ -217,6 +217,12 @@ def test_the_command_says_what_it_made_and_what_comes_next(tmp_path, capsys):
         prepare.main(argv)
 
 
+def test_a_json_line_without_a_time_is_counted(tmp_path):
+    lines = '{"user": "u", "item": "1", "time": 5}\n{"user": "u", "item": "1"}\n'
+    *_, notes = made(tmp_path, ("r.json", lines), ("i.csv", "item,title\n1,Pen\n"))
+    assert [*notes.values()] == [[1, f"{tmp_path}/r.json, line 2, None"]]
+
+
 def test_what_an_ordinary_shop_has(tmp_path, capsys):
     """The two files call the item differently, names vary in case and spaces, and one item is new."""
     orders = write(tmp_path / "o.csv", "Customer,ref,Order Date,day\nu,1,2020-01-01,x\nu,2,2020-01-02,x\n")
