@@ -320,11 +320,12 @@ def train(run: Run) -> bool:
                 continue
             (state["losses"], stop), recent = look(run, state["losses"], recent, bool(asked)), []
             last = state["losses"][-LOOK_EVERY:]
-            if (due or len(last) == LOOK_EVERY) and not any(map(math.isfinite, last)):
+            finite = [loss for loss in last if math.isfinite(loss)]
+            if (due or len(last) == LOOK_EVERY) and not finite:
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
             state |= {"step": step + 1, "seconds": before + seconds}
-            bar.set_postfix_str(f"loss {np.nanmean(state['losses'][-50:]):.3f}, {tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {np.mean(finite or [math.nan]):.3f}, {tokens / seconds:,.0f} tokens/s")
             if due:
                 log(run, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
                 start = time.time() - seconds  # seconds and tokens/s are of the training alone

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def test_the_default_folder_names_what_differs():
 
 def test_a_learning_rate_that_is_too_high_is_a_sentence(shop, tmp_path, monkeypatch):
     fails_at(monkeypatch, 1)
+    warnings.simplefilter("error")  # numpy's, of a mean of nothing; pytest puts the filters back
     with refuses("no loss is finite"):
         train.main(command(shop, tmp_path / "out"))
 
