@@ -173,9 +173,11 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
     """auto: bfloat16 where the hardware multiplies it faster; for the small model from scratch on a GPU only."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
-        has = {} if device.type == "cuda" or scratch else torch.cpu.get_capabilities()
-        fast = has.get("avx512_bf16") or has.get("amx_bf16")
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else fast
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+            fast = not scratch and (has.get("avx512_bf16") or has.get("amx_bf16"))
         dtype = "bfloat16" if fast else "float32"
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())  # with its number, for threads
