@@ -258,7 +258,8 @@ def test_the_table_of_the_docs(tmp_path, monkeypatch):
     for file in (REPO / "docs/runs").glob("*.run.json"):
         shutil.copy(file, tmp_path)
         found, want = ablate.read_run(file, 0, np.inf), read_json(file)["results"]
-        assert found["metrics"] == pytest.approx({k: want.get(k, v) for k, v in found["metrics"].items()}, abs=1e-6)
+        want_metrics = {k: want.get(k, v) for k, v in found["metrics"].items()}
+        assert found["metrics"] == pytest.approx(want_metrics, abs=1e-5)  # a record has four digits of the nats
         assert len(found["nll"]) == want["n"]
     tables(tmp_path)
     same = (tmp_path / "table.md").read_text() == (REPO / "docs/runs/table.md").read_text()
