@@ -81,9 +81,9 @@ def read_items(path: Path, columns: str = "title") -> dict[str, Item]:
     """item_id -> Item, in the order of the file. columns: those that a history shows, separated by commas."""
     items, shown = {}, [column.strip() for column in columns.split(",")]
     for where, row in read_table(path, ["item_id", "title", *shown]):
+        row = {name: " ".join(text.split()) for name, text in row.items()}
         if row["item_id"] in items:
             raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
-        row = {name: " ".join(text.split()) for name, text in row.items()}
         items[row["item_id"]] = Item(row["title"], ", ".join(row[name] for name in shown if row[name]) or row["title"])
     return items
 

@@ -151,7 +151,7 @@ def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window],
     todo = data.batches([len(cat.prompt(w.history)[0]) + room for w in windows], args.tokens)
     prompts = data.ahead(lambda at: data.collate_prompts(cat, [windows[i].history for i in at]), todo)
     predictions = [None] * len(windows)
-    with tqdm(total=len(windows), desc="evaluate", unit="user", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(windows), desc="evaluate", unit="user", leave=False, disable=None) as bar:
         for at, prompt in zip(todo, prompts, strict=True):
             some = [windows[i] for i in at]
             targets = [w.target for w in some if w.target is not None]
@@ -470,7 +470,10 @@ def write_recommendations(r: Recommender, args, world: World):
     part = path.with_name(f"{path.name}.part{world.rank}")
     r.decoder.remember(r.cat.texts)
     try:
-        with open(part, "w", encoding="utf-8") as file, tqdm(total=users, unit="user", disable=None) as bar:
+        with (
+            open(part, "w", encoding="utf-8") as file,
+            tqdm(total=users, unit="user", disable=world.rank > 0 or None) as bar,
+        ):
             file.write("user_id\trank\titem_id\ttitle\tscore\n")
             while some := list(itertools.islice(windows, USERS)):
                 for p in world.gather(predict(r.decoder, r.cat, r.d, some[world.rank :: world.size], args)):

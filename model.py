@@ -348,9 +348,10 @@ def adapters(model: Llama) -> dict[str, LoRALinear]:
 def merge_lora(model: Llama) -> Llama:
     """Every layer with adapters becomes one with the weight W + B A alpha / r."""
     for name, m in adapters(model).items():
-        delta = (m.lora_B.weight @ m.lora_A.weight) * (m.alpha / m.r)
+        # in double: validation merges on a GPU, whose products in fp32 are rounded to TF32, the test on a CPU
+        delta = (m.lora_B.weight.double() @ m.lora_A.weight.double()) * (m.alpha / m.r)
         one = Linear(m.in_features, m.out_features, m.bias is not None, device="meta")
-        one.weight, one.bias = nn.Parameter((m.weight.float() + delta).to(m.weight.dtype), False), m.bias
+        one.weight, one.bias = nn.Parameter((m.weight + delta).to(m.weight.dtype), False), m.bias
         model.set_submodule(name, one)
     return model
 

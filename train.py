@@ -163,15 +163,15 @@ class Run:
             self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         gpu = self.device.type == "cuda"
         c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
-        if gpu and not args.tokens:  # half of the free memory; a layer keeps about 32 d numbers a token
-            self.tokens = torch.cuda.mem_get_info()[0] // (
-                64 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
-            )
+        if gpu and not args.tokens:  # half of what gradients and AdamW leave; a layer keeps about 32 d numbers a token
+            free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in self.params)
+            token = 64 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
+            self.tokens = max(1, free // token)
         self.look_every = LOOK_EVERY if gpu else 1
         self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
@@ -303,13 +303,13 @@ def validate(run: Run) -> dict[str, float]:
 def train(run: Run) -> bool:
     """Trains to the last step -> True, or until it is asked to stop -> False. In out: best-STEP, the model with the
     best NDCG@10 on validation (nats decide between equals); metrics.jsonl, the log; step-STEP, where to go on."""
-    state = {"step": 0, "losses": [], "best": [-1.0, 0.0], "best_step": 0, "seconds": 0.0, "log": []}
+    state = {"step": 0, "losses": [], "seconds": 0.0, "log": []}
     if run.args.resume:
         state = load_step(run, state)
     first, before, tokens, recent, start = state["step"], state["seconds"], 0, [], time.time()
-    quiet = run.world.rank > 0 or not sys.stderr.isatty()
+    off = run.world.rank > 0 or None  # None: where stderr is no terminal
     run.model.train()
-    with stop_signals() as asked, tqdm(total=run.steps, initial=first, desc="train", unit="step", disable=quiet) as bar:
+    with stop_signals() as asked, tqdm(total=run.steps, initial=first, desc="train", unit="step", disable=off) as bar:
         for step, batch in enumerate(data.ahead(lambda i: get_batch(run, i), range(first, run.steps)), first):
             lr = learning_rate(step, run.steps, run.args.lr)
             recent.append(update(run, step, batch, lr))
@@ -356,10 +356,8 @@ def merit(line: dict) -> list[float]:
 def log(run: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
     line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(run) | speed
-    better = merit(line) > state["best"]
+    better = all(merit(line) > merit(old) for old in state["log"])
     state |= {"losses": [], "log": [*state["log"], line]}
-    if better:
-        state |= {"best": merit(line), "best_step": line["step"]}
     if run.world.rank == 0:
         found = f"validation NDCG@10 {line['valid_NDCG@10']:.4f}, {line['valid_nll']:.4f} nats per item"
         tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  {found}" + "  best" * better)
@@ -424,9 +422,10 @@ def save_step(run: Run, state: dict):
 
     if run.world.rank == 0:
         write_folder(run.out / f"step-{state['step']:06d}", write)
-        kept = f"step-{state['step']:06d}", f"best-{state['best_step']:06d}"
-        for p in run.out.iterdir():  # only what this program names so is its own
-            if eval.CHECKPOINT.fullmatch(p.name) and p.name not in kept:
+        best = max(state["log"], key=merit, default=state)["step"]
+        kept = f"step-{state['step']:06d}", f"best-{best:06d}"
+        for p in run.out.iterdir():  # only what this program names so is its own, a save that was killed included
+            if eval.CHECKPOINT.fullmatch(p.name.removesuffix(".part")) and p.name not in kept:
                 shutil.rmtree(p, ignore_errors=True)
     run.world.barrier()
 
@@ -512,9 +511,9 @@ def main(argv: list[str]) -> bool:
 def train_and_test(args) -> bool:
     """-> whether the run came to its end."""
     run = Run(args)
-    held = prepare_out(run) if run.world.rank == 0 else None
-    run.world.barrier()
+    held = None
     if run.world.rank == 0:
+        held = prepare_out(run)
         print_start(run)
     try:
         done = train(run)

@@ -156,10 +156,13 @@ def record(place: Path, note: str = "") -> dict:
 
 
 def keep(args):
-    for place in map(Path, args.runs):
-        path = Path(args.to) / f"{place.resolve().name}.run.json"
-        if not finished(place) or path.exists():
-            raise InputError(f"{path} exists" if path.exists() else f"{place}: no finished run of train.py is there")
+    made = [(Path(args.to) / f"{Path(run).resolve().name}.run.json", Path(run)) for run in args.runs]
+    for n, (path, place) in enumerate(made):  # all are checked before one is written
+        if path.exists() or path in dict(made[:n]):
+            raise InputError(f"{path} exists" if path.exists() else f"two runs would be {path}; rename one")
+        if not finished(place):
+            raise InputError(f"{place}: no finished run of train.py is there")
+    for path, place in made:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record(place, args.note))
         print(f"{path}, {path.stat().st_size:,} bytes")
@@ -277,9 +280,10 @@ def make_table(args):
         runs, notes = sorted(runs, key=lambda r: r["seed"]), sorted({r["note"] for r in runs} - {""})
         made.append({"setting": title, "notes": notes, "n": len(runs[0]["nll"]), "rows": rows_of(runs, out)})
     text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
-    (out / "table.md").write_text(text + "\n", "utf-8")
-    write_json(out / "table.json", {"tables": made})
-    print(f"\n{text}\n\n{out}/table.md, {out}/table.json")
+    name = f"table-seen-{least}-{most}" if args.seen else "table"
+    (out / f"{name}.md").write_text(text + "\n", "utf-8")
+    write_json(out / f"{name}.json", {"tables": made})
+    print(f"\n{text}\n\n{out}/{name}.md, {out}/{name}.json")
 
 
 # --- attention, curves: where the model looks, layer by layer; how it learnt ------------------------------------------

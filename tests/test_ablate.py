@@ -60,7 +60,7 @@ def runs(shop, tmp_path_factory):
 
 def tables(out, *argv) -> list[dict]:
     assert ablate.main(["table", "--out", str(out), *argv])
-    return read_json(out / "table.json")["tables"]
+    return read_json(out / f"{'-'.join(['table', *argv]).replace('--', '')}.json")["tables"]
 
 
 def test_what_is_run(monkeypatch, tmp_path):
@@ -233,8 +233,9 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
         assert made[0].pop("notes") == ["commit 1a2b3c4, a laptop"]
         want = tables(runs, *more)
         assert want[0].pop("notes") == [] and made == want
-        text = (kept / "table.md").read_text()
-        assert text.replace("; commit 1a2b3c4, a laptop", "") == (runs / "table.md").read_text()
+    made, want = ({p.name: p.read_text() for p in folder.glob("table*.md")} for folder in (kept, runs))
+    assert len(made) == 3  # the whole table is still there
+    assert all(text.replace("; commit 1a2b3c4, a laptop", "") == want[name] for name, text in made.items())
     for file in files:
         r, c = read_json(file), read_json(runs / file.name.removesuffix(".run.json") / "config.json")
         assert r["config"] == c | {k: Path(c[k]).name for k in ("data", "data_folder", "out")}
@@ -242,6 +243,12 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
         assert file.stat().st_size < 8000 and not re.search(rf"[ui]\d|red|blue|{shop.parent}|{runs}", text)
     with refuses("shop-OR-s0.run.json exists"):
         ablate.main(argv)
+    files[1].rename(other := tmp_path / "other")
+    for wrong in (tmp_path, places[0], places[0].with_name("shop-IN1_CR1-s0")):  # unfinished; named twice; kept already
+        with refuses("run"):
+            ablate.main(["keep", str(places[0]), str(wrong), "--to", str(kept), "--note", ""])
+        assert not files[1].exists()  # all are checked first
+    other.rename(files[1])
     with refuses(f"{tmp_path}: no finished run"):
         ablate.main(["keep", str(tmp_path), "--note", ""])
     write_json(files[0], read_json(files[0]) | {"windows": "others"})
