@@ -245,7 +245,16 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     p, whole, depth (F,): all prefixes, which are whole titles, their lengths. spent (B,): users whose deferred prefixes
     are given up -> a user's k best titles; the prefixes that wait, for they can still enter the top k; the beam: the
     `width` best of the shortest prefixes, or of the deferred ones where there are no others; (B,) the best score that
-    was given up, -inf for none. All sorted by user. What the beam has no place for is deferred."""
+    was given up, -inf for none. All sorted by user. What the beam has no place for is deferred. One user, k 2, width 1:
+
+        prefix  score  depth
+        "ink$"  -1.0     4    the best title ($ ends a title)
+        "pen$"  -3.0     4    the second; from now on only what scores more can enter
+        "re"    -2.0     2    the beam: the best of the shortest prefixes
+        "bl"    -2.5     2    waits, deferred: the beam is full
+        "inkw"  -2.2     4    waits: shorter ones come first
+        "gl"    -4.0     2    is dropped: it scores less than "pen$", and no title below it can score more
+    """
     group = p.user * 2 + ~whole  # a user's titles, then the prefixes, each from the best on
     # one sort by (group, -score): the group in the upper half, the bits of -score in the lower. It is at least 0, and
     # the bits of such floats sort as the numbers do.

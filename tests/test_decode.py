@@ -1,5 +1,8 @@
 """decode.py against brute force: every title of a small catalogue scored by a forward pass of its own."""
 
+import itertools
+import math
+import re
 from functools import cache
 
 import numpy as np
@@ -185,6 +188,19 @@ def test_limit_ends_the_search_honestly(limit, score):
         assert (r.score[b, len(found) :] == -torch.inf).all() and r.score[b].tolist() == sorted(r.score[b])[::-1]
         assert not r.exact[b] or r.leaf[b].tolist() == truth[b].topk(10).indices.tolist()
     assert limit == 20 or not r.exact.any()
+
+
+def test_divide_by_its_example():
+    """The docstring's six prefixes, as two users of one batch and in any order, land where it says."""
+    names, scores, depths = zip(*re.findall(r'"(\S+)" +(-\d\.\d) +(\d)', decode.divide.__doc__), strict=True)
+    for order in itertools.permutations(range(6)):
+        user, at = torch.tensor([0] * 6 + [1] * 6), torch.tensor([*range(6), *order])
+        p = decode.Prefixes(user, at, torch.tensor([*map(float, scores)])[at], torch.zeros(12, dtype=torch.bool))
+        whole, depth = torch.tensor([n.endswith("$") for n in names])[at], torch.tensor([*map(int, depths)])[at]
+        *parts, given_up = decode.divide(p, whole, depth, 2, 1, torch.zeros(2, dtype=torch.bool))
+        found = [[names[n] for n in part.node] for part in parts]
+        assert found == [["ink$", "pen$"] * 2, ["inkw", "bl"] * 2, ["re"] * 2]
+        assert parts[1].deferred.tolist() == [False, True] * 2 and given_up.tolist() == [-math.inf] * 2
 
 
 def test_temperature():
