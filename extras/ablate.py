@@ -162,8 +162,8 @@ def keep(args):
             raise InputError(f"{path} exists" if path.exists() else f"two runs would be {path}; rename one")
         if not finished(place):
             raise InputError(f"{place}: no finished run of train.py is there")
+    Path(args.to).mkdir(parents=True, exist_ok=True)
     for path, place in made:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record(place, args.note))
         print(f"{path}, {path.stat().st_size:,} bytes")
 
