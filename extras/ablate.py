@@ -132,27 +132,35 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def record(place: Path, note: str = "") -> dict:
-    """All that the table needs of the finished run in place, in some 50 KB: without ids, titles and folders of the
-    machine. Columns are of the test windows; text compresses as well as binary numbers of the same precision."""
+def pack(columns: dict[str, list]) -> bytes:
+    return bz2.compress(json.dumps(columns).encode())  # text compresses as well as binary numbers of that precision
+
+
+def record(place: Path, note: str = "") -> tuple[dict, bytes]:
+    """-> all that the table needs of the finished run in place, in some 20 KB: without ids, titles and folders of the
+    machine; and what runs on the same data have in common. Columns are of the test windows."""
     c = read_json(place / "config.json", {"constants": dict})
     predictions = read_lines(tested(place, c, "predictions.jsonl"))
     windows, (before, ties) = [(p["user"], p["target"]) for p in predictions], eval.positions(predictions)
-    columns = {
+    common = {
         "user": np.unique([user for user, _ in windows], return_inverse=True)[1].tolist(),  # numbered
         "popularity": [(p["seen"], *p["popularity"]) for p in predictions],  # times in training, before, ties
+    }
+    own = {
         "before": np.minimum(before, 255).astype(int).tolist(),  # 255 where the target is not listed
         "ties": ties.astype(int).tolist(),
-        "nll": [round(p["nll"], 4) for p in predictions],  # as many digits as the table has
+        "nll": [round(p["nll"], 3) for p in predictions],  # so that their mean has the table's four digits
     }
-    return {
+    r = {
         "note": note,
         "config": {k: Path(v).name if str(v).startswith("/") else v for k, v in c.items()},
         "log": read_lines(place / "metrics.jsonl"),
         "results": read_json(tested(place, c, "results.json"), {"model": dict})["model"],
         "windows": hashlib.sha256(repr(windows).encode()).hexdigest()[:16],
-        "by_window": base64.b64encode(bz2.compress(json.dumps(columns).encode())).decode(),
+        "common": f"windows-{hashlib.sha256(pack(common)).hexdigest()[:16]}.bz2",  # its file, named by what it holds
+        "by_window": base64.b64encode(pack(own)).decode(),
     }
+    return r, pack(common)
 
 
 def keep(args):
@@ -164,7 +172,9 @@ def keep(args):
             raise InputError(f"{place}: no finished run of train.py is there")
     Path(args.to).mkdir(parents=True, exist_ok=True)
     for path, place in made:
-        write_json(path, record(place, args.note))
+        r, common = record(place, args.note)
+        (path.parent / r["common"]).write_bytes(common)
+        write_json(path, r)
         print(f"{path}, {path.stat().st_size:,} bytes")
 
 
@@ -180,11 +190,19 @@ def setting(c: dict) -> str:
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
 
 
+def read_record(path: Path) -> tuple[dict, bytes]:
+    r = read_json(path, {"config": dict, "log": list, "common": str, "by_window": str})
+    try:
+        return r, (path.parent / r["common"]).read_bytes()
+    except OSError as e:
+        raise InputError(f"{path} goes with the file {r['common']} beside it, which cannot be read ({e})") from None
+
+
 def read_run(place: Path, least: float, most: float) -> dict:
     """What the table needs of a folder or a record, of the windows whose target occurs so often in training."""
-    r = record(place) if place.is_dir() else read_json(place, {"config": dict, "log": list, "by_window": str})
-    columns = json.loads(bz2.decompress(base64.b64decode(r["by_window"])))
-    w = {name: np.array(values) for name, values in columns.items()}
+    r, common = record(place) if place.is_dir() else read_record(place)
+    columns = (json.loads(bz2.decompress(text)) for text in (common, base64.b64decode(r["by_window"])))
+    w = {name: np.array(values) for part in columns for name, values in part.items()}
     some = (w["popularity"][:, 0] >= least) & (w["popularity"][:, 0] <= most)
     if not some.any():
         raise InputError(f"--seen: {place} has no test window with such a target")

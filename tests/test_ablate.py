@@ -135,7 +135,7 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[str, str]], flags=""
     write_json(place / "config.json", config)
     write_json(place / "results-test.json", {"model": {}})
     ndcg = [1 / np.log2(2 + x.index(t)) if t in x[:10] else 0 for (_, t), x in zip(windows, items, strict=True)]
-    return np.array([ndcg, nll.round(4)])
+    return np.array([ndcg, nll.round(3)])
 
 
 def test_table_by_hand(tmp_path):
@@ -211,7 +211,7 @@ def test_table_of_trained_runs(runs):
         own = [p for p in predictions if low <= n[p["target"]] <= high]
         (made,) = tables(runs, "--seen", str(low), str(high))
         assert made["n"] == len(own) > 0 and f"targets that occur {low} to {high} times" in made["setting"]
-        assert made["rows"][1]["metrics"]["nll"]["mean"] == pytest.approx(np.mean([p["nll"] for p in own]), abs=5e-5)
+        assert made["rows"][1]["metrics"]["nll"]["mean"] == pytest.approx(np.mean([p["nll"] for p in own]), abs=5e-4)
         more, same = (np.array([f([*n.values()], n[p["target"]]).sum() for p in own]) for f in (np.greater, np.equal))
         want = np.clip((10 - more) / same, 0, 1).mean()
         assert made["rows"][0]["metrics"]["HR@10"]["mean"] == pytest.approx(want)
@@ -225,8 +225,9 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
     kept.mkdir()
     argv = ["keep", *map(str, places), "--to", str(kept), "--note", "commit 1a2b3c4, a laptop"]
     assert ablate.main(argv)
-    files = sorted(kept.iterdir())
+    *files, common = sorted(kept.iterdir())
     assert [file.name for file in files] == ["shop-IN1_CR1-s0.run.json", "shop-OR-s0.run.json"]
+    assert common.match("windows-*.bz2")  # of both, since they were tested on the same
     least = min(p["seen"] for p in read_lines(places[0] / "predictions-test.jsonl"))
     for more in ([], ["--seen", "0", str(least)], ["--seen", str(least + 1), "99"]):
         made = tables(kept, *more)
@@ -239,7 +240,8 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
     for file in files:
         r, c = read_json(file), read_json(runs / file.name.removesuffix(".run.json") / "config.json")
         assert r["config"] == c | {k: Path(c[k]).name for k in ("data", "data_folder", "out")}
-        text = bz2.decompress(base64.b64decode(r.pop("by_window"))).decode() + str(r)
+        columns = base64.b64decode(r.pop("by_window")), common.read_bytes()
+        text = str(r) + "".join(bz2.decompress(x).decode() for x in columns)
         assert file.stat().st_size < 8000 and not re.search(rf"[ui]\d|red|blue|{shop.parent}|{runs}", text)
     with refuses("shop-OR-s0.run.json exists"):
         ablate.main(argv)
@@ -254,6 +256,9 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
     write_json(files[0], read_json(files[0]) | {"windows": "others"})
     with refuses("different windows", *files):
         tables(kept)
+    common.unlink()
+    with refuses(files[0], common.name):
+        tables(kept)
     files[0].write_text("<<<<<<< " + files[0].read_text())
     with refuses(files[0], "cannot be read"):
         tables(kept)
@@ -262,11 +267,13 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
 def test_the_table_of_the_docs(tmp_path, monkeypatch):
     """It is what the kept runs give, and their windows give what eval.py reported."""
     monkeypatch.setattr(train, "TINY", TINY)  # the title names what differs from train.py
+    for file in (REPO / "docs/runs").glob("windows-*.bz2"):
+        shutil.copy(file, tmp_path)
     for file in (REPO / "docs/runs").glob("*.run.json"):
         shutil.copy(file, tmp_path)
         found, want = ablate.read_run(file, 0, np.inf), read_json(file)["results"]
-        for name, value in found["metrics"].items():  # a record has four digits of the nats
-            assert value == pytest.approx(want.get(name, value), abs=1e-5 if name == "nll" else 1e-6)
+        for name, value in found["metrics"].items():  # a record has three digits of a window's nats
+            assert value == pytest.approx(want.get(name, value), abs=5e-5 if name == "nll" else 1e-6)
         assert len(found["nll"]) == want["n"]
     tables(tmp_path)
     same = (tmp_path / "table.md").read_text() == (REPO / "docs/runs/table.md").read_text()
