@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
+    add("--label_smoothing", type=share, default=0.0, help="0.1 where frequent items hide rare ones (default: 0)")
     add("--lora", type=count, default=8, help="rank of the adapters; 0: full tuning, as always for tiny (default: 8)")
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
@@ -105,7 +106,7 @@ def parse(argv: list[str]):
 def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
     if not args.out:
-        named = ("split", "core", "columns", "targets", "limit", "plan", "dropout", "lora", "loss", "seed")
+        named = "split core columns targets limit plan dropout label_smoothing lora loss seed".split()
         usual = make_parser().parse_args([])
         other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
         more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
@@ -127,18 +128,23 @@ def slug(value) -> str:
 # --- The losses -----------------------------------------------------------------------------------------------------
 
 
-def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
+def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
     """Masked softmax (MSL, SIGIR 2025, eq. 5): (R,) -log of the next token among those that continue some title, after
-    h (R, d). columns (C,): the tokens of all titles."""
+    h (R, d). columns (C,): the tokens of all titles. smoothing: the share of the mean over all that may follow."""
     z = model.logits(h, columns) / TAU  # (R, C)
     hidden = torch.ones_like(z, dtype=torch.bool)
     hidden.index_put_((b.row, b.column), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
-    return F.cross_entropy(z.masked_fill(hidden, -torch.inf), b.next, reduction="none")
+    z = z.masked_fill(hidden, -torch.inf)
+    nll = F.cross_entropy(z, b.next, reduction="none")
+    if smoothing:
+        each = -z.log_softmax(1).masked_fill(hidden, 0)  # (R, C)
+        nll = (1 - smoothing) * nll + smoothing * each.sum(1) / (~hidden).sum(1)
+    return nll
 
 
-def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch) -> Tensor:
+def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
     """(R,) -log of the next token among the whole vocabulary, after h (R, d)."""
-    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none")
+    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none", label_smoothing=smoothing)
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -257,7 +263,8 @@ def make_step(run: Run, coded: list[dict], scale: float) -> Step:
 def loss_of(run: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
     h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
-    return (trie_nll if run.args.loss == "msl" else full_nll)(run.model, run.columns, h, b).sum()
+    nll = trie_nll if run.args.loss == "msl" else full_nll
+    return nll(run.model, run.columns, h, b, run.args.label_smoothing).sum()
 
 
 def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:
