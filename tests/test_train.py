@@ -497,15 +497,16 @@ def brute_force(r: train.Run, some: list[Example]) -> tuple[torch.Tensor, int]:
         z = r.model.logits(r.model(text, layout(items)))[0, len(tokens) - 1 :]
         for j, token in enumerate(title):
             n += 1
-            if r.args.loss == "lml":
-                total = total + F.cross_entropy(z[j], torch.tensor(token))
-            else:
-                may_follow = sorted({p[j] for p in paths if p[:j] == title[:j]})
-                total = total + torch.logsumexp(z[j, may_follow] / train.TAU, 0) - z[j, token] / train.TAU
+            may_follow = sorted({p[j] for p in paths if p[:j] == title[:j]})
+            may_follow = range(len(z[j])) if r.args.loss == "lml" else may_follow
+            each = -(z[j, may_follow] / train.TAU).log_softmax(0)
+            share = r.args.label_smoothing
+            total = total + (1 - share) * each[may_follow.index(token)] + share * each.mean()
     return total, n
 
 
 @pytest.mark.parametrize("flags, tau", [(dict(loss="msl"), 0.5), (dict(loss="lml"), 1), (dict(targets="all"), 1),
+                                        (dict(label_smoothing=0.2), 0.5), (dict(label_smoothing=0.2, loss="lml"), 1),
                                         (dict(targets="all", plan="IN-closed:1 OR CR:2"), 1)], ids=str)  # fmt: skip
 def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, shop, monkeypatch):
     """Catches a mean over micro-batches instead of tokens, certain tokens left out of the mean, lost rows, padding that
