@@ -36,7 +36,6 @@ PRESETS = ("ml-100k", "beauty", "office", "books")
 TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
 csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
-STRIDE = 5  # --targets all: a history longer than HISTORY is cut into chunks that start every STRIDE items
 TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
 TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
@@ -425,6 +424,8 @@ class Catalogue:
     def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, texts=None, candidates=None):
         tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
         self.instruction, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        if not len(self.header):  # its last token is where a title begins
+            raise InputError("PROMPT in data.py: what comes after the history needs a token at least")
         texts = titles if texts is None else texts
         self.titles = encode_all(tokenizer, titles)
         shown = self.titles if texts == titles else encode_all(tokenizer, texts)
@@ -496,14 +497,14 @@ def window_examples(windows: list[Window]) -> list[Example]:
 def examples(data: Dataset, targets: str) -> list[Example]:
     """What an epoch goes through. last: a training window an example, the published recipe. all: every item of the
     training part that has one before it is a target once; those of a stretch of HISTORY items share one example (the
-    next stretch starts STRIDE later, so that no history is cut to less than HISTORY - STRIDE)."""
+    next stretch starts half of HISTORY later, so that no history is cut to less than half)."""
     if targets == "last":
         return window_examples(data.train)
-    out = []
+    out, stride = [], max(1, HISTORY // 2)
     for s in data.sequences:
         first = 1
         while first < len(s):
-            last = min(HISTORY if first == 1 else first + STRIDE - 1, len(s) - 1)
+            last = min(HISTORY if first == 1 else first + stride - 1, len(s) - 1)
             a = max(0, last - HISTORY)
             out.append(Example(s[a:last], [(j - a, s[j]) for j in range(first, last + 1)]))
             first = last + 1

@@ -210,8 +210,7 @@ class Decoder:
         if 2 * busy <= len(state.user):
             state.keep(torch.nonzero(read).flatten())
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=total)  # prefix of a token
-        flat = torch.arange(total, device=n.device)
-        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1 - (n.cumsum(0) - n))[row] + flat
+        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1)[row] + place_in_group(row)
         h = self.feed(state, p.user[row], trie.path_node[path], Q)
         return h[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.deferred), read
 
@@ -270,10 +269,10 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live & ~lost, NEVER)
     first = torch.full(spent.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
     now = (turn == first[p.user]) & (turn < NEVER)
-    nth = now.cumsum(0)  # counts from 1 along all users
+    nth = now.cumsum(0)  # counts from 1 along all users; less what came before the user's entries, it is the rank
     beam = now & (nth - nth[start] + now[start] <= width)
     p.deferred = p.deferred | (now & ~beam)
-    kind = 3 - 3 * kept.long() - 2 * (turn < NEVER).long() + beam.long()  # 0 title, 1 waits, 2 beam, 3 nothing
+    kind = torch.where(beam, 2, torch.where(turn < NEVER, 1, torch.where(kept, 0, 3)))  # 0: a title, 3: gone
     by_kind = torch.argsort(kind, stable=True)
     sizes = (kind == torch.arange(4, device=kind.device)[:, None]).sum(1)  # bincount would wait twice more
     parts = by_kind.split(sizes.tolist())

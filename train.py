@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
-    add("--label_smoothing", type=share, default=0.0, help="0.1 where frequent items hide rare ones (default: 0)")
+    add("--label_smoothing", type=share, default=0.0, help="for many passes; the loss shown is of it (default: 0)")
     add("--lora", type=count, default=8, help="rank of the adapters; 0: full tuning, as always for tiny (default: 8)")
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
@@ -254,7 +254,7 @@ def get_batch(run: Run, step: int) -> Step:
 
 
 def make_step(run: Run, coded: list[dict], scale: float) -> Step:
-    """Forwards of at most r.tokens tokens, longest first."""
+    """Forwards of at most run.tokens tokens, longest first."""
     size = [len(c["tokens"]) for c in coded]
     parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
     return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, sum(size))
@@ -499,7 +499,8 @@ def lock(out: Path) -> int:
 def check_same(old: dict, run: Run):
     """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
     free = "constants resume out data data_folder model base base_source tokens".split()
-    was, now = (c | c["constants"] for c in (old, run.config))
+    usual = vars(make_parser().parse_args([]))  # a run may be older than a flag
+    was, now = (usual | c | c["constants"] for c in (old, run.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
     if changed:
         raise InputError(

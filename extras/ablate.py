@@ -132,12 +132,8 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def pack(columns: dict[str, list]) -> bytes:
-    return bz2.compress(json.dumps(columns).encode())  # text compresses as well as binary numbers of that precision
-
-
-def record(place: Path, note: str = "") -> tuple[dict, bytes]:
-    """-> all that the table needs of the finished run in place, in some 20 KB: without ids, titles and folders of the
+def record(place: Path, note: str = "") -> tuple[dict, dict]:
+    """-> all that the table needs of the finished run in place, in 10 to 30 KB: without ids, titles and folders of the
     machine; and what runs on the same data have in common. Columns are of the test windows."""
     c = read_json(place / "config.json", {"constants": dict})
     predictions = read_lines(tested(place, c, "predictions.jsonl"))
@@ -157,10 +153,19 @@ def record(place: Path, note: str = "") -> tuple[dict, bytes]:
         "log": read_lines(place / "metrics.jsonl"),
         "results": read_json(tested(place, c, "results.json"), {"model": dict})["model"],
         "windows": hashlib.sha256(repr(windows).encode()).hexdigest()[:16],
-        "common": f"windows-{hashlib.sha256(pack(common)).hexdigest()[:16]}.bz2",  # its file, named by what it holds
-        "by_window": base64.b64encode(pack(own)).decode(),
+        "common": f"windows-{hashlib.sha256(json.dumps(common).encode()).hexdigest()[:16]}.bz2",  # named by its text
+        "by_window": own,
     }
-    return r, pack(common)
+    return r, common
+
+
+def pack(columns: dict) -> bytes:
+    """Text compresses as well as binary numbers of the same precision."""
+    return bz2.compress(json.dumps(columns).encode())
+
+
+def unpack(packed: bytes) -> dict:
+    return json.loads(bz2.decompress(packed))
 
 
 def keep(args):
@@ -173,8 +178,8 @@ def keep(args):
     Path(args.to).mkdir(parents=True, exist_ok=True)
     for path, place in made:
         r, common = record(place, args.note)
-        (path.parent / r["common"]).write_bytes(common)
-        write_json(path, r)
+        (path.parent / r["common"]).write_bytes(pack(common))
+        write_json(path, r | {"by_window": base64.b64encode(pack(r["by_window"])).decode()})
         print(f"{path}, {path.stat().st_size:,} bytes")
 
 
@@ -190,19 +195,20 @@ def setting(c: dict) -> str:
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
 
 
-def read_record(path: Path) -> tuple[dict, bytes]:
+def read_record(path: Path) -> tuple[dict, dict]:
     r = read_json(path, {"config": dict, "log": list, "common": str, "by_window": str})
     try:
-        return r, (path.parent / r["common"]).read_bytes()
-    except OSError as e:
-        raise InputError(f"{path} goes with the file {r['common']} beside it, which cannot be read ({e})") from None
+        return r | {"by_window": unpack(base64.b64decode(r["by_window"]))}, unpack(
+            (path.parent / r["common"]).read_bytes()
+        )
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{path}: its columns, or {r['common']} beside it, cannot be read ({e})") from None
 
 
 def read_run(place: Path, least: float, most: float) -> dict:
     """What the table needs of a folder or a record, of the windows whose target occurs so often in training."""
     r, common = record(place) if place.is_dir() else read_record(place)
-    columns = (json.loads(bz2.decompress(text)) for text in (common, base64.b64decode(r["by_window"])))
-    w = {name: np.array(values) for part in columns for name, values in part.items()}
+    w = {name: np.array(values) for name, values in (common | r["by_window"]).items()}
     some = (w["popularity"][:, 0] >= least) & (w["popularity"][:, 0] <= most)
     if not some.any():
         raise InputError(f"--seen: {place} has no test window with such a target")

@@ -256,6 +256,9 @@ def test_what_is_kept_makes_the_same_table(runs, shop, tmp_path):
     write_json(files[0], read_json(files[0]) | {"windows": "others"})
     with refuses("different windows", *files):
         tables(kept)
+    common.write_bytes(common.read_bytes()[:-9])
+    with refuses(files[0], common.name):
+        tables(kept)
     common.unlink()
     with refuses(files[0], common.name):
         tables(kept)

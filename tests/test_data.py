@@ -11,7 +11,7 @@ from conftest import data_root, refuses, tiny_config
 from tokenizers import processors
 
 import data
-from data import HISTORY, STRIDE, Catalogue, Example, Trie, Window
+from data import HISTORY, Catalogue, Example, Trie, Window
 from hatllm import TARGET
 
 ITEMS = "item_id\ttitle\n1\tA pen\n2\tInk\n3\tPaper\n4\tGlue\n"
@@ -398,7 +398,7 @@ def test_titles_are_whole_and_the_same_from_call_to_call(tmp_path):
     assert [t.tolist() for t in found] == [t.tolist() for t in odd().titles]
 
 
-def test_tokenizers_that_do_not_fit(tmp_path):
+def test_tokenizers_that_do_not_fit(tmp_path, monkeypatch):
     """The library raises a bare Exception; a token beyond the embedding is an index error deep in the model."""
     for text in ("{", "{}", '{"model": {}}'):
         with refuses("tokenizer.json"):
@@ -408,6 +408,9 @@ def test_tokenizers_that_do_not_fit(tmp_path):
         catalogue(tokenizer_of_odd(), eos_token_id=token)
     tokenizer = tokenizer_of_odd()
     most = tokenizer.token_to_id(data.PROMPT[2])  # the last one, which the prompt needs
+    with monkeypatch.context() as patch, refuses("PROMPT in data.py"):
+        patch.setattr(data, "PROMPT", (*data.PROMPT[:2], ""))
+        catalogue(tokenizer)
     with refuses(f"a token {most}, but the model has {most};"):
         catalogue(tokenizer, vocab_size=most)
 
@@ -451,9 +454,11 @@ def test_branches_hold_separate_prompts(trie_only):
     assert data.n_title_tokens(cat, pair) == sum(len(cat.titles[t]) + 1 for t in (1, 4, 0, 12, 2))
 
 
-def test_every_item_is_a_target_once():
-    """--targets all: each item with one before it, once, with its last items as the history: all of them up to
-    HISTORY, else between HISTORY - STRIDE and HISTORY."""
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 10])
+def test_every_item_is_a_target_once(most, monkeypatch):
+    """--targets all: each item with one before it, once, with its last items as the history: all of them up to HISTORY,
+    else more than half of HISTORY. Catches a target whose history holds it, or is empty."""
+    monkeypatch.setattr(data, "HISTORY", most)
     sequences = [[100 * n + j for j in range(n)] for n in range(1, 45)]
     found = data.examples(data.Dataset(None, [], [], [], [], [], [], sequences), "all")
     pairs = [(e.history[:k], t) for e in found for k, t in e.targets]
@@ -461,8 +466,10 @@ def test_every_item_is_a_target_once():
     for history, t in pairs:
         n = t % 100
         assert history == list(range(t - len(history), t))
-        assert len(history) == n if n <= HISTORY else HISTORY - STRIDE < len(history) <= HISTORY
-    assert all(e.targets[-1][0] == len(e.history) <= HISTORY for e in found) and len(found) < len(pairs) / 3
+        assert len(history) == n if n <= most else most / 2 < len(history) <= most
+    assert all(0 < k <= len(e.history) for e in found for k, _ in e.targets)
+    assert all(e.targets[-1][0] == len(e.history) <= most for e in found)
+    assert most < 10 or len(found) < len(pairs) / 3
 
 
 def test_collate():

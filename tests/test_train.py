@@ -362,6 +362,10 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
     train.main(command(shop, out, **flags))
     assert json.loads((out / "config.json").read_text())["base_source"] == "SmolLM2, halved"
     assert json.loads((out / "results-test-limit7.json").read_text())["base"] == "SmolLM2, halved"
+    c = json.loads((out / "config.json").read_text())
+    c.pop("label_smoothing")  # as if the run were older than the flag
+    (out / "config.json").write_text(json.dumps(c))
+    assert train.main([*command(shop, out, **flags), "--resume"])
     before = files(out)
 
     def refused(*says, **more):
@@ -370,9 +374,10 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
         assert files(out) == before
 
     refused("--resume", "batch was 8, now it is 9", "need not be given again", batch=9)
+    refused("label_smoothing was 0.0, now it is 0.1", label_smoothing=0.1)
     refused("plan was IN:1/4 OR CR:1/4, now it is OR", plan="OR")
     refused("max_steps was 1, now it is 2", "--model best-STEP", max_steps=2)
-    for module, name, value in ((train, "CLIP", 0.5), (data, "STRIDE", 3), (data, "HISTORY", 9)):
+    for module, name, value in ((train, "CLIP", 0.5), (data, "HISTORY", 9)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(f"{name} was", f"now it is {value}")
