@@ -56,7 +56,7 @@ def read_table(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, 
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            rows.fieldnames = ["times" if c in TIMES else c for c in rows.fieldnames or ()]
+            rows.fieldnames = ["times" if c in TIMES and "times" in columns else c for c in rows.fieldnames or ()]
             if len(set(rows.fieldnames)) < len(rows.fieldnames):
                 raise InputError(f"{path}, line 1: a column stands there twice")
             if lacking := [c for c in columns if c not in rows.fieldnames]:

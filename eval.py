@@ -533,11 +533,11 @@ def main(argv: list[str]):
     asked = any(vars(args)[name] is not None for name in ASK)
     if args.k < KS[-1] and not asked:
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
-    if args.to and not args.histories:
+    if args.to and args.histories is None:
         raise InputError("--to says where --histories writes; it goes with no other flag")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "to", *ASK)}
     world, r = World(), Recommender(args.out, **flags)
-    if args.histories:
+    if args.histories is not None:
         return write_recommendations(r, args, world)
     if asked:
         return print_recommendations(r, args)

@@ -91,7 +91,8 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     """The method. item (B, T), sees (B, Tq, T) with the queries last -> (B, Tq, T) bool, `sees` less what `kind` hides.
 
     In the paper's terms softmax(QK'/sqrt(d) + M) V, with M = 0 where this is True and -inf elsewhere. What the paper
-    leaves open is decided here: context sees all and is seen by all, except in IN-closed; a token always sees itself.
+    leaves open is decided here: context sees all and is seen by all, except in IN-closed and CR-last; a token always
+    sees itself.
     """
     q_item, k_item = item[:, -sees.shape[1] :, None], item[:, None, :]
     both_items, same = (q_item > 0) & (k_item > 0), q_item == k_item

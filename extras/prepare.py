@@ -152,11 +152,11 @@ def seconds(value):
             time = date.replace(tzinfo=date.tzinfo or UTC).timestamp()
         else:
             time = float(text)
+            for _ in ("ms", "us", "ns"):
+                if time >= 1 << 33:  # the year 2242
+                    time /= 1000
     except ValueError:
         return None
-    for _ in ("ms", "us", "ns"):
-        if time >= 1 << 33:  # the year 2242
-            time /= 1000
     if not 0 <= time < 1 << 33:
         return None
     return int(time) if time == int(time) else time

@@ -1,6 +1,7 @@
 """data.py: reading, splits, the trie, prompts, examples, batches; against brute force and the published counts."""
 
 import gzip
+import itertools
 import random
 from functools import cache
 
@@ -204,6 +205,22 @@ def test_untitled_and_unused_items_leave(tmp_path):
     assert d.ids == ["1", "3", "4"]
     assert [w[:2] for w in d.train] == [([0], 1)] * 8 and len(d.valid) == 1
     assert [w[:2] for w in d.test] == [([2], 0)] and d.sequences == [[0, 1]] * 8 and d.counts.tolist() == [8, 8, 0]
+
+
+def test_core_by_brute_force():
+    """One user or item that is too rare after the other, until there is none. Catches a single round of it, and users
+    with one interaction, who have no history."""
+    for seed, k in itertools.product(range(9), (0, 2, 3)):
+        rng = random.Random(seed)
+        users = {f"u{u}": [(rng.randrange(12), t) for t in range(rng.randint(1, 6))] for u in range(12)}
+        kept = {(u, i, t) for u, s in users.items() for i, t in s}
+        while True:
+            of = [[x[j] for x in kept] for j in (0, 1)]
+            rare = [x for x in kept if of[0].count(x[0]) < max(k, 2) or of[1].count(x[1]) < k]
+            if not rare:
+                break
+            kept.remove(rare[0])
+        assert {(u, i, t) for u, s in data.core(users, k).items() for i, t in s} == kept
 
 
 def test_chain_undoes_sliding():

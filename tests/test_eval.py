@@ -202,7 +202,8 @@ def made(tmp_path_factory) -> Path:
     """A folder with data, a base, and runs: from scratch; adapters, and full tuning, of the base in bfloat16."""
     root = tmp_path_factory.mktemp("made")
     base = write_base(root / "base", write_data(root / "shop"))
-    train.main(command(root / "shop", root / "tiny", eval_limit=0, plan="IN-closed:1 OR CR:1"))
+    shown = dict(columns="title,brand", split="loo")
+    train.main(command(root / "shop", root / "tiny", eval_limit=0, plan="IN-closed:1 OR CR:1", **shown))
     train.main(command(root / "shop", root / "lora", base, eval_limit=0, lora=4, dtype="bfloat16", max_steps=4))
     train.main(command(root / "shop", root / "full", base, eval_limit=0, lora=0, dtype="bfloat16", max_steps=1))
     return root
@@ -334,7 +335,9 @@ def test_a_moved_run_can_be_evaluated_from_inside(moved, monkeypatch):
     ev.load_run(".")
 
 
-@pytest.mark.parametrize("name, value", [("PROMPT", ("Bought: ", ", ", "; next: ")), ("HISTORY", 9)])
+@pytest.mark.parametrize(
+    "name, value", [("PROMPT", ("Bought: ", ", ", "; next: ")), ("HISTORY", 9), ("TEXT_TOKENS", 7)]
+)
 def test_what_data_py_said_in_training_must_hold(name, value, made, monkeypatch):
     before = getattr(data, name)
     monkeypatch.setattr(data, name, value)

@@ -145,6 +145,7 @@ def test_what_is_left_out_is_counted_with_the_first_line(tmp_path):
     ("2014-05-13", 1399939200), ("20140513", 1399939200), ("2014-05-13T16:53:20Z", A), ("2014-05-13 18:53:20+02:00", A),
     ("15265", 15265), ("1.4e9", A), ("0", 0), ("-1", None), ("nan", None), ("inf", None), ("9" * 300, None), ("", None),
     (None, None), ("13.05.2014", None), ("2014-13-01", None), ("1960-01-01", None),
+    ("9999-12-31", None),
 ])  # fmt: skip
 def test_times(text, expected):
     assert prepare.seconds(text) == expected

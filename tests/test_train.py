@@ -58,7 +58,8 @@ def write_data(folder: Path, users: int = 60, seed: int = 0) -> Path:
     titles = [f"{a} {b}" for a in ("red", "blue", "old", "the new") for b in ("pen", "pencil", "ink pot", "paper")]
     titles += [f"{t} {n} pack" for t in titles for n in (5, 10)][:23] + ["red pen"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"i{n}\t{t}\n" for n, t in enumerate(titles)))
+    items = "".join(f"i{n}\t{t}\tb{n % 5}\n" for n, t in enumerate(titles))
+    (folder / "items.tsv").write_text("item_id\ttitle\tbrand\n" + items)
     rows = ["user_id\titem_ids\ttimes"]
     for u in range(users):
         n, start = rng.randint(6, 14), rng.randint(0, 1000)
@@ -207,8 +208,9 @@ def test_the_default_folder_names_what_differs():
     assert out() == out("--tokens", "99", "--eval_every", "7") == "out/my-plans-tiny"
     assert out("--plan", "OR") == "out/my-plans-tiny-OR" and out("--seed", "1") == "out/my-plans-tiny-seed1"
     assert out("--model", "a/smollm", "--plan", "IN:1/4 OR") == "out/my-plans-smollm-IN1of4_OR"
-    flags = dict(split="loo", core="0", targets="last", limit="9", dropout="0.1", lora="4", loss="lml").items()
-    assert len({out(f"--{name}", value) for name, value in flags}) == len(flags)
+    flags = dict(split="loo", core="0", targets="last", limit="9", dropout="0.1", lora="4", loss="lml")
+    flags |= dict(columns="brand", label_smoothing="0.1")
+    assert len({out(f"--{name}", value) for name, value in flags.items()}) == len(flags)
 
 
 def test_a_learning_rate_that_is_too_high_is_a_sentence(shop, tmp_path, monkeypatch):
@@ -490,6 +492,7 @@ def make_run(shop: Path, *argv, **flags) -> train.Run:
 def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> float:
     coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in some]
     batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, some))
+    assert len(batch.forwards) > 1 or r.tokens > 100
     return float(train.update(r, n, batch, lr)[0])
 
 
@@ -546,7 +549,18 @@ def test_less_memory_or_time_trains_alike(more, shop, base, monkeypatch):
         ends.append([torch.tensor([loss for loss, _ in losses]), *r.params])
     for a, b in zip(*ends, strict=True):
         assert a.dtype == b.dtype == torch.float32
+        assert more != "bfloat16" or not torch.equal(a, b)
         assert_close(a, b, rtol=0, atol=0.05 if more == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("flags", [dict(dropout=0.5), dict(dropout=0.5, lora=0), dict(lora=2)], ids=str)
+def test_dropout_is_in_the_training_alone(flags, shop, base):
+    """Catches a rate that never reaches the model: from scratch, of a base, of adapters."""
+    r = make_run(shop, **flags | ({"model": base} if "lora" in flags else {}))
+    (b, *_) = train.get_batch(r, 0).forwards
+    for mode, n in ((r.model.train, 2), (r.model.eval, 1)):
+        mode()
+        assert len({train.loss_of(r, b).item() for _ in range(2)}) == n
 
 
 def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
@@ -603,12 +617,14 @@ def test_a_step_never_waits_for_the_device(flags, shop, base):
 
 def test_weight_decay_is_for_matrices_only(shop, monkeypatch):
     monkeypatch.setattr(train, "WEIGHT_DECAY", 0.5)
+    monkeypatch.setattr(train, "BETAS", [0.3, 0.4])
     r = make_run(shop)
     before = {n: p.detach().clone() for n, p in r.model.named_parameters()}
     monkeypatch.setattr(train, "loss_of", lambda r, b: sum(0.0 * p.sum() for p in r.params))
     step(r, r.pool[:2], 0.1)
     for name, p in r.model.named_parameters():
         assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if p.dim() > 1 else 1), msg=name)
+    assert [(g["lr"], [*g["betas"]]) for g in r.optimizer.param_groups] == [(0.1, [0.3, 0.4])] * 2
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
