@@ -432,7 +432,7 @@ def test_dropout_is_on_the_input_of_a():
 
 @pytest.mark.parametrize("qwen2", [False, True])
 def test_merge(tmp_path, qwen2):
-    """Merged equals unmerged, with biases too, and it is what transformers reads; unmerged ones are not lost silently."""
+    """Merged equals unmerged, biases too, and it is what transformers reads; unmerged ones are not lost silently."""
     write_hf(base := tmp_path / "base", qwen2)
     model = adapted(base)
     want = logits(model)
