@@ -198,9 +198,8 @@ def setting(c: dict) -> str:
 def read_record(path: Path) -> tuple[dict, dict]:
     r = read_json(path, {"config": dict, "log": list, "common": str, "by_window": str})
     try:
-        return r | {"by_window": unpack(base64.b64decode(r["by_window"]))}, unpack(
-            (path.parent / r["common"]).read_bytes()
-        )
+        r["by_window"] = unpack(base64.b64decode(r["by_window"]))
+        return r, unpack((path.parent / r["common"]).read_bytes())
     except (OSError, ValueError, EOFError) as e:
         raise InputError(f"{path}: its columns, or {r['common']} beside it, cannot be read ({e})") from None
 
