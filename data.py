@@ -512,8 +512,8 @@ def examples(data: Dataset, targets: str) -> list[Example]:
 
 
 def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
-    """An example as arrays: tokens, item, branch, fork (T,) as in hatllm.layout; at, next, node (R,): where a loss
-    stands, the token to predict there, and the trie node of the title so far.
+    """An example as arrays: tokens, item, branch, fork, start (T,) as in hatllm.layout; at, next, node (R,): where a
+    loss stands, the token to predict there, and the trie node of the title so far.
 
     trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no row; and what
     comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
@@ -535,7 +535,8 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
         texts.append((new, item, np.full(len(new), 0 if single else b), np.full(len(new), ends[k])))
         length += len(new)
     columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
-    return dict(zip(("tokens", "item", "branch", "fork", "at", "next", "node"), columns, strict=True))
+    found = dict(zip(("tokens", "item", "branch", "fork", "at", "next", "node"), columns, strict=True))
+    return found | {"start": np.zeros(length, np.int32)}
 
 
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:
@@ -549,6 +550,7 @@ class Batch:
     item: Tensor  # (B, T) as in hatllm.Layout, -1 on padding
     branch: Tensor | None  # (B, T), None where every example has one target
     fork: Tensor | None  # (B, T)
+    start: Tensor | None  # (B, T), None where every row is one text
     places: Tensor  # (B, S) see hatllm.needed
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the token to predict there, as a column of Catalogue.columns
@@ -573,19 +575,37 @@ def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
     return torch.from_numpy(out)
 
 
+def pack(coded: list[dict]) -> list[dict]:
+    """Encoded examples one after the other, in rows no longer than the longest of them: each, longest first, stands in
+    the first row that has room. Else a third or more of what a GPU computes would be padding."""
+    coded = sorted(coded, key=lambda c: -len(c["tokens"]))
+    rows, room = [], []  # examples of a row; tokens that it has left
+    for c in coded:
+        n = len(c["tokens"])
+        b = next((b for b, left in enumerate(room) if left >= n), len(rows))
+        if b == len(rows):
+            rows.append([])
+            room.append(len(coded[0]["tokens"]))
+        start = len(coded[0]["tokens"]) - room[b]
+        rows[b].append(c | {name: c[name] + start for name in ("fork", "start", "at")})
+        room[b] -= n
+    return [{name: np.concatenate([c[name] for c in row]) for name in row[0]} for row in rows]
+
+
 def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     """Encoded examples, right-padded. Everything with a size of its own is found here, on the CPU, so that the model
     never waits to learn one."""
     column = {name: [c[name] for c in coded] for name in coded[0]}
-    tokens, branch, fork = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork"))
+    tokens, branch, fork, start = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork", "start"))
     item = pad(column["item"], -1, multiple)
     if not branch.any():
         branch = fork = None
+    start = start if start.any() else None
     rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])
     following, node = (torch.from_numpy(np.concatenate(column[x])).long() for x in ("next", "node"))
     row, child = cat.trie.children(node)
     rows, column = torch.from_numpy(rows), cat.column_of[cat.trie.token[child]]
-    return Batch(tokens, item, branch, fork, needed(item), rows, cat.column_of[following], row, column)
+    return Batch(tokens, item, branch, fork, start, needed(item), rows, cat.column_of[following], row, column)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,8 +142,9 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
     return x.gather(1, at[:, :, None].expand(B, S, d)), rows, Layout(item, lay.pos.gather(1, at), sees)
 
 
-def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None) -> Layout:
+def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None, start=None) -> Layout:
     """Layout of whole texts. item (B, T), padding (-1) last. places: see `needed`; None: they are found when needed.
+    start (B, T): where a token's text begins; None: every row is one text.
 
     Several titles may be learnt from one history. It is the trunk, and each title is a branch that forks from it:
 
@@ -151,11 +152,13 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         branch  0       0   0   0 0   | 1     1   | 2     2
         fork                          | 3     3   | 5     5       so many tokens of the trunk a branch sees, and itself
 
-    Without branches all is trunk: causal attention.
+    Without branches all is trunk: causal attention. fork counts from the row's beginning.
     """
     T = item.shape[1]
     at = torch.arange(T, device=item.device).expand_as(item)
     sees = (at[:, None, :] <= at[:, :, None]) & (item >= 0)[:, None, :]
+    if start is not None:
+        sees = sees & (at[:, None, :] >= start[:, :, None])
     pos = at
     if branch is not None:
         q_branch, k_branch = branch[:, :, None], branch[:, None, :]
@@ -163,6 +166,7 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         sees = sees & (same | ((k_branch == 0) & (at[:, None, :] < fork[:, :, None])))
         own = (same & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
         pos = torch.where(branch > 0, fork + own, at)
+    pos = pos if start is None else pos - start
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
     return Layout(item, pos, sees, places)
 

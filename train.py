@@ -172,11 +172,12 @@ class Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         gpu = self.device.type == "cuda"
         c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
-        if gpu and not args.tokens:  # half of what gradients and AdamW leave; a layer keeps about 32 d numbers a token
+        if gpu and not args.tokens:  # half of what gradients and AdamW leave; a layer keeps about 24 d numbers a token
             free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in self.params)
-            token = 64 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
+            token = 48 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
             self.tokens = max(1, free // token)
         self.look_every = LOOK_EVERY if gpu else 1
+        self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
         self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
@@ -193,10 +194,10 @@ def build(args, d: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[L
         return Llama(c, args.plan, args.dropout).init_weights().to(device), tokenizer, ""
     folder = find_model(args.model)
     # frozen weights can be stored in half precision; what is trained stays in single
-    model = load(folder, args.plan, dtype if args.lora else torch.float32, args.dropout).to(device)
-    if args.lora:
-        add_lora(model, args.lora, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS).to(device)
-    return model, data.read_tokenizer(folder), str(folder.resolve())
+    model = load(folder, args.plan, dtype if args.lora else torch.float32, args.dropout)
+    if args.lora:  # drawn on the CPU, so that a seed means the same on every device
+        add_lora(model, args.lora, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+    return model.to(device), data.read_tokenizer(folder), str(folder.resolve())
 
 
 def find_model(name: str) -> Path:
@@ -255,14 +256,16 @@ def get_batch(run: Run, step: int) -> Step:
 
 def make_step(run: Run, coded: list[dict], scale: float) -> Step:
     """Forwards of at most run.tokens tokens, longest first."""
+    n = sum(len(c["tokens"]) for c in coded)
+    coded = data.pack(coded) if run.pack else coded
     size = [len(c["tokens"]) for c in coded]
     parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
-    return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, sum(size))
+    return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, n)
 
 
 def loss_of(run: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
-    h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places), rows=b.rows)
+    h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places, b.start), rows=b.rows)
     nll = trie_nll if run.args.loss == "msl" else full_nll
     return nll(run.model, run.columns, h, b, run.args.label_smoothing).sum()
 

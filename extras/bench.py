@@ -51,7 +51,7 @@ def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     """What train.py makes of these flags, without adapters; tokens, item, source (B, T) of some test users' prompts;
     what the numbers hold for, which is printed."""
     flags = [f"--{name}={vars(args)[name]}" for name in ("data", "model", "dtype", "tokens")]
-    flags += ["--lora=0", "--dropout=0", "--loss=lml", f"--plan={plan}"]
+    flags += ["--lora=0", "--dropout=0", "--loss=lml", f"--plan={plan}", *["--compile"] * args.compile]
     r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
     trained = args.mode == "train" and not args.lora  # such weights stay in fp32, as in train.py
     r.model.to(torch.float32 if trained else r.dtype).eval()
@@ -333,7 +333,8 @@ def bench_profile(args) -> dict:
     """A training step of HatLLM, all targets: its seconds; idle, the share of them in which the device runs no kernel
     (None on a CPU); the kernels, or on a CPU the operations, that take longest."""
     flags = [f"--{name}={vars(args)[name]}" for name in ("data", "model", "dtype", "lora", "batch", "tokens")]
-    r = train.Run(train.resolve(train.make_parser().parse_args([*flags, "--targets", "all"])))
+    flags += ["--targets=all", *["--compile"] * args.compile]
+    r = train.Run(train.resolve(train.make_parser().parse_args(flags)))
     r.model.train()
     batch, gpu = train.get_batch(r, 0), r.device.type == "cuda"
     seconds = [measure(train.update, r, 0, batch, 1e-5)[1] for _ in range(5)]
@@ -346,9 +347,11 @@ def bench_profile(args) -> dict:
     top = [{"name": e.key[:90], "ms": getattr(e, name) / 1000, "calls": e.count} for e in events]
     idle = max(0.0, 1 - sum(e["ms"] for e in top) / 1000 / usual) if gpu and top else None
     top = sorted(top, key=lambda e: -e["ms"])[:15]
-    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s" + ("" if idle is None else f", {idle:.0%} idle"))
+    share = mfu(r.model, batch.tokens / usual, here()["machine"])
+    known = "" if idle is None else f", {idle:.0%} idle, MFU {share or 0:.0%}"
+    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s{known}")
     print("\n".join(f"{e['ms']:9.2f} ms  {e['calls']:5} x  {e['name']}" for e in top))
-    return here() | {"seconds": usual, "tokens": batch.tokens, "idle": idle, "top": top}
+    return here() | {"seconds": usual, "tokens": batch.tokens, "MFU": share, "idle": idle, "top": top}
 
 
 MODES = dict(decode=bench_decode, train=bench_train, cache=bench_cache, parity=bench_parity, profile=bench_profile)
@@ -369,6 +372,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokens", type=number(int, 0), default=0,
         help="train: in a forward, on both sides; 0: here as in train.py, there all at once")  # fmt: skip
     add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="as in train.py")
+    add("--compile", action="store_true", help="train, profile: our side, as in train.py")
     return p
 
 

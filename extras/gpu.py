@@ -38,12 +38,12 @@ SHAPES = {  # of random weights
                        num_key_value_heads=2, vocab_size=4352),
 }  # fmt: skip
 CARD = {  # flags that fill a card of 80 GB
-    "train random-135m": "--batch 256 --tokens 20480",
-    "train random-1b": "--batch 64 --tokens 4096",
-    "decode random-135m": "--users 32 --beams 20 --score trie",
+    "train random-135m": "--batch 256 --tokens 32768 --rounds 3",
+    "train random-1b": "--batch 64 --tokens 4096 --rounds 3",
+    "decode random-135m": "--users 32 --beams 20 --score trie --rounds 2",
     "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
-    "profile": "--dtype auto --lora 0 --batch 64 --tokens 20480",
-    "plans": "--lora 0 --targets all --batch 64 --tokens 20480 --max_steps 800 --eval_every 400",
+    "profile": "--dtype auto --lora 0 --batch 256",
+    "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 3 --eval_every 224",
 }
 TOY = {  # flags that take no time
     "train random-toy": "--batch 4 --tokens 512 --rounds 2",
@@ -65,14 +65,16 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     out = [
         ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
         ("parity", 120, ["extras.bench", "parity", *own]),
+        ("profile", 120, ["extras.bench", "profile", *own, *flags["profile"]]),
     ]
+    if not args.toy:  # a CPU would compile for minutes
+        out.append(("profile, compiled", 180, ["extras.bench", "profile", *own, *flags["profile"], "--compile"]))
     for shape, folder in models.items():
         same = ["--data", args.data, "--model", folder, "--dtype", "float32" if args.toy else "bfloat16"]
         for kind, rank in (("LoRA", 8), ("full", 0)):
             command = ["extras.bench", "train", *same, *flags[f"train {shape}"], "--lora", rank]
             out.append((f"train {folder.name}, {kind}", 120, command))
         out.append((f"decode {folder.name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
-    out.append(("profile", 120, ["extras.bench", "profile", *own, *flags["profile"]]))
     same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
     for seed in range(1 if args.toy else SEEDS):

@@ -513,14 +513,18 @@ def brute_force(r: train.Run, some: list[Example]) -> tuple[torch.Tensor, int]:
     return total, n
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("flags, tau", [(dict(loss="msl"), 0.5), (dict(loss="lml"), 1), (dict(targets="all"), 1),
                                         (dict(label_smoothing=0.2), 0.5), (dict(label_smoothing=0.2, loss="lml"), 1),
-                                        (dict(targets="all", plan="IN-closed:1 OR CR:2"), 1)], ids=str)  # fmt: skip
-def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, shop, monkeypatch):
+                                        (dict(targets="all", plan="IN-closed:1 OR CR:2"), 1),
+                                        (dict(targets="all", plan="IN:1 OR CR-last:1"), 1)], ids=str)  # fmt: skip
+def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, pack, shop, monkeypatch):
     """Catches a mean over micro-batches instead of tokens, certain tokens left out of the mean, lost rows, padding that
-    counts, branches of a history that see each other, and clipping by value, parameter or micro-batch."""
+    counts, branches of a history or texts of a row that see each other, and clipping by value, parameter or
+    micro-batch."""
     monkeypatch.setattr(train, "TAU", tau)
     r = make_run(shop, tokens=100, **flags)
+    r.pack = pack
     total, n = brute_force(r, r.pool[:4])
     want = torch.autograd.grad(total / n, r.params)
     norm, seen = math.sqrt(sum(float(g.norm()) ** 2 for g in want)), []
