@@ -172,7 +172,8 @@ class Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         gpu = self.device.type == "cuda"
         c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
-        if gpu and not args.tokens:  # half of what gradients and AdamW leave; a layer keeps about 24 d numbers a token
+        # two thirds at most of what gradients and AdamW leave: a layer keeps 20 to 32 d numbers a token
+        if gpu and not args.tokens:
             free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in self.params)
             token = 48 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
             self.tokens = max(1, free // token)

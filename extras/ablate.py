@@ -186,7 +186,9 @@ def keep(args):
 def setting(c: dict) -> str:
     """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
     free = "data model plan seed out tokens compile resume".split()
-    usual = vars(train.resolve(train.make_parser().parse_args([f"--model={c['model']}"])))
+    flags = [f"--model={c['model']}", f"--lora={c['lora']}"]
+    usual, tuned = (vars(train.resolve(train.make_parser().parse_args(some))) for some in (flags[:1], flags))
+    usual |= {name: tuned[name] for name in ("lr", "dropout")}  # what is usual of these depends on --lora
     # a run may be older than a flag
     flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]
     now = {k: getattr(train, k, getattr(data, k, v)) for k, v in c["constants"].items()}  # or than the constant's end

@@ -40,7 +40,7 @@ SHAPES = {  # of random weights
 CARD = {  # flags that fill a card of 80 GB
     "train random-135m": "--batch 256 --tokens 32768 --rounds 3",
     "train random-1b": "--batch 64 --tokens 4096 --rounds 3",
-    "decode random-135m": "--users 32 --beams 20 --score trie --rounds 2",
+    "decode random-135m": "--users 16 --beams 20 --score trie --rounds 2",
     "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
     "profile": "--dtype auto --lora 0 --batch 256",
     "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 3 --eval_every 224",

@@ -176,8 +176,12 @@ def test_other_settings_get_a_table_of_their_own(tmp_path):
     made_run(tmp_path, "IN", 0, windows, "--model a/b --lr 0.5 --tokens 7", base="w/b", base_source="another model")
     made_run(tmp_path, "CR", 0, windows, digest="changed")
     made_run(tmp_path, "CR OR:1", 0, windows, constants={"TAU": 2.5})
-    tiny = "shop, tiny --max_steps 7"
-    titles = ["shop, b (another model) --lr 0.5 --max_steps 7", tiny, tiny, f"{tiny} TAU = 2.5"]
+    own = {"base": "w/b", "base_source": "w/b"}
+    made_run(tmp_path, "OR:1 IN", 0, windows, f"--model a/b --lora 0 --lr {train.RATES['lora']}", **own)
+    made_run(tmp_path, "OR:2 IN", 0, windows, "--model a/b --lora 0", **own)  # its rate is the usual one
+    tiny, b = "shop, tiny --max_steps 7", "shop, b --lora 0"
+    titles = ["shop, b (another model) --lr 0.5 --max_steps 7", f"{b} --lr 0.0003 --max_steps 7", f"{b} --max_steps 7"]
+    titles += [tiny, tiny, f"{tiny} TAU = 2.5"]
     assert [t["setting"] for t in tables(tmp_path)] == titles and titles[0] in (tmp_path / "table.md").read_text()
     made_run(tmp_path, "IN OR:1", 0, [("u0", "i1"), ("u1", "i3")])
     with refuses("different windows"):

@@ -547,6 +547,7 @@ def test_less_memory_or_time_trains_alike(more, shop, base, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     ends = []
     for argv in ([], {"bfloat16": ["--dtype", more], "compile": ["--compile"]}.get(more, [])):
+        argv = ["--dtype", "float32", *argv]
         r = make_run(shop, *argv, model=base, lora=4, tokens=60 if ends and more == "tokens" else 2048)
         losses = [(step(r, r.pool[8 * n : 8 * n + 8], n=n), torch.initial_seed()) for n in range(2)]
         assert losses[0][1] != losses[1][1]  # of dropout
@@ -596,7 +597,8 @@ def test_a_step_is_few_operations(shop, tmp_path, monkeypatch):
     is one operation on a GPU but several on a CPU counts as one here, and as one in the backward pass."""
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
     monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, True)[0])
-    r = make_run(shop, model=write_base(tmp_path / "deep", shop, num_hidden_layers=30), lora=8)
+    base = write_base(tmp_path / "deep", shop, num_hidden_layers=30)
+    r = make_run(shop, "--dtype", "float32", model=base, lora=8)  # auto would be bfloat16 on some CPUs
     (b,) = train.get_batch(r, 0).forwards
     r.model.train()
     with Kernels() as kernels:
