@@ -7,8 +7,10 @@ A data set is a folder with items.tsv[.gz] (item_id, title; more columns are all
 Each has a header line. Shapes as in model.py, plus N windows and R rows: the positions that have a loss.
 """
 
+import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -20,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,18 +173,18 @@ class Dataset:
     sequences: list[list[int]]  # the training interactions, in order, a user (or a stretch of one) a list
     left_out: int = 0  # users with too few interactions
 
-    @cached_property
+    @functools.cached_property
     def counts(self) -> np.ndarray:
         """(items,) how often each item occurs in the training interactions: popularity, and who is cold."""
         return np.bincount([i for s in self.sequences for i in s], minlength=len(self.ids))
 
-    @cached_property
+    @functools.cached_property
     def future(self) -> dict[str, Window]:
         """user -> the window that comes after all of the user's items, those held out included; its target is None."""
         windows = sorted((*self.train, *self.valid, *self.test), key=lambda w: w.time)  # a user's last one counts
         return {w.user: Window([*w.history, w.target][-HISTORY:], None, w.user, math.inf) for w in windows}
 
-    @cached_property
+    @functools.cached_property
     def digest(self) -> str:
         """A fingerprint of the catalogue, the split and what is learnt from."""
         parts = self.ids, self.titles, self.texts, self.train, self.valid, self.test, self.sequences
@@ -326,6 +327,8 @@ class Trie:
     """
 
     token: Tensor  # (nodes,) the token that leads to the node
+    column: Tensor  # (nodes,) the same as a place in columns
+    columns: Tensor  # (C,) the tokens of all titles: the part of the model's head that is used
     parent: Tensor  # (nodes,) the node above; the root's is itself
     depth: Tensor  # (nodes,) tokens from the root
     fan: Tensor  # (nodes,) how many children: child .. child + fan - 1
@@ -358,6 +361,8 @@ class Trie:
             node[b : b + n] = node[a : a + n]  # what is shared has its nodes already
         self.path_node = node
         self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (self.path_token, depth, leaf))
+        self.columns, column = np.unique(self.token[1:], return_inverse=True)
+        self.column = np.append(0, column)
         self.parent = np.append(0, np.where(depth[new] > 1, node[new - 1], 0))
         self.leaves = np.bincount(node, minlength=len(new) + 1)
         self.leaves[0] = len(titles)
@@ -370,10 +375,11 @@ class Trie:
         self.n_nodes, self.n_leaves = len(self.parent), len(titles)
         vars(self).update({k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)})
 
-    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes."""
+    def children(self, nodes: Tensor, M: int | None = None) -> tuple[Tensor, Tensor]:
+        """nodes (F,) -> row (M,), child (M,): all children, flat; row is the index into nodes. Without M, their number,
+        a GPU is waited for."""
         fan = self.fan[nodes]
-        row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan)
+        row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), fan, output_size=M)
         first = torch.cumsum(fan, 0) - fan
         return row, self.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
 
@@ -442,9 +448,7 @@ class Catalogue:
         self.text_start = np.cumsum([0] + [len(t) for t in self.texts])  # of a text's tokens, among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
         self.trie = Trie([np.append(t, c.eos_token_id) if i in chosen else t[:0] for i, t in enumerate(self.titles)])
-        self.columns = torch.unique(self.trie.token[1:])  # (C,) the titles' tokens: the part of the head that is used
-        self.column_of = torch.zeros(c.vocab_size, dtype=torch.long)  # (V,) the column of a token
-        self.column_of[self.columns] = torch.arange(len(self.columns))
+        self.target = functools.cache(self.target)  # it is the same in many examples
         self.bearers = [[] for _ in range(self.trie.n_leaves)]  # the items of every leaf
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             if leaf >= 0:
@@ -460,6 +464,23 @@ class Catalogue:
             item += [np.zeros(len(gap), int), np.full(len(self.texts[i]), k)]
             ends.append(ends[-1] + len(gap) + len(self.texts[i]))
         return np.concatenate(tokens), np.concatenate(item), ends
+
+    def target(self, i: int, trie_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What the title of item i adds to a text: tokens, item (t,) of the response header and the title; at, node
+        (r,): after which of these tokens a loss stands, and the trie node of the token to predict there.
+
+        trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no loss; and what
+        comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
+        trie = self.trie
+        leaf = int(trie.leaf_of_item[i])
+        a, b = trie.start[leaf : leaf + 2].tolist()
+        node = trie.path_node.numpy()[a:b]
+        at = np.arange(len(node))
+        if trie_only:
+            at = np.flatnonzero(trie.fan.numpy()[trie.parent.numpy()[node]] > 1)
+        fed = trie.token.numpy()[node[: at[-1] if len(at) else 0]]
+        item = np.append(0 * self.header, np.full(len(fed), TARGET))
+        return np.append(self.header, fed), item, len(self.header) - 1 + at, node[at]
 
     def prompt(self, history) -> tuple[np.ndarray, np.ndarray]:
         """tokens (T,), item (T,) up to and with the response header."""
@@ -512,30 +533,19 @@ def examples(data: Dataset, targets: str) -> list[Example]:
 
 
 def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
-    """An example as arrays: tokens, item, branch, fork, start (T,) as in hatllm.layout; at, next, node (R,): where a
-    loss stands, the token to predict there, and the trie node of the title so far.
-
-    trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no row; and what
-    comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
-    trie, single = cat.trie, len(e.targets) == 1
+    """An example as arrays: tokens, item, branch, fork, start (T,) as in hatllm.layout; at, next (R,): where a loss
+    stands, and the trie node of the token to predict there. trie_only: see Catalogue.target."""
+    single = len(e.targets) == 1
     tokens, item, ends = cat.trunk(e.history)
     texts = [(tokens, item, 0 * item, 0 * item)]  # the trunk, then a branch for every target
     losses, length = [], len(tokens)
     for b, (k, target) in enumerate(e.targets, 1):
-        leaf = trie.leaf_of_item[target]
-        path = slice(trie.start[leaf], trie.start[leaf + 1])
-        title, node = trie.path_token[path].numpy(), np.append(0, trie.path_node[path][:-1].numpy())
-        rows, fed = np.arange(len(title)), title[:-1]
-        if trie_only:
-            rows = np.flatnonzero(trie.fan.numpy()[node] > 1)
-            fed = title[: rows[-1] if len(rows) else 0]
-        losses.append((length + len(cat.header) - 1 + rows, title[rows], node[rows]))
-        new = np.append(cat.header, fed)
-        item = np.append(0 * cat.header, np.full(len(fed), TARGET))
-        texts.append((new, item, np.full(len(new), 0 if single else b), np.full(len(new), ends[k])))
-        length += len(new)
+        tokens, item, at, node = cat.target(target, trie_only)
+        losses.append((length + at, node))
+        texts.append((tokens, item, np.full(len(item), 0 if single else b), np.full(len(item), ends[k])))
+        length += len(item)
     columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
-    found = dict(zip(("tokens", "item", "branch", "fork", "at", "next", "node"), columns, strict=True))
+    found = dict(zip(("tokens", "item", "branch", "fork", "at", "next"), columns, strict=True))
     return found | {"start": np.zeros(length, np.int32)}
 
 
@@ -553,17 +563,18 @@ class Batch:
     start: Tensor | None  # (B, T), None where every row is one text
     places: Tensor  # (B, S) see hatllm.needed
     rows: Tensor  # (R,) positions b * T + t that have a loss
-    next: Tensor  # (R,) the token to predict there, as a column of Catalogue.columns
-    row: Tensor  # (M,) with column: all pairs (row, column) of tokens that may follow the title so far
-    column: Tensor  # (M,)
+    next: Tensor  # (R,) the trie node of the token to predict there
+    M: int  # how many tokens may stand there, in all of them
 
     def to(self, device) -> "Batch":
         """A copy on device, without waiting for it where that is a GPU."""
-        if torch.device(device).type != "cuda":
-            return Batch(*(v if v is None else v.to(device) for v in vars(self).values()))
-        with torch.cuda.device(device):  # a thread begins with another one
-            pinned = (v if v is None else v.pin_memory() for v in vars(self).values())
-            return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in pinned))
+
+        def move(t: Tensor) -> Tensor:
+            return t.pin_memory().to(device, non_blocking=True) if gpu else t.to(device)
+
+        gpu = torch.device(device).type == "cuda"
+        with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # a thread begins with another one
+            return Batch(*(move(v) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
 
 def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
@@ -601,11 +612,10 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     if not branch.any():
         branch = fork = None
     start = start if start.any() else None
-    rows = np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])])
-    following, node = (torch.from_numpy(np.concatenate(column[x])).long() for x in ("next", "node"))
-    row, child = cat.trie.children(node)
-    rows, column = torch.from_numpy(rows), cat.column_of[cat.trie.token[child]]
-    return Batch(tokens, item, branch, fork, start, needed(item), rows, cat.column_of[following], row, column)
+    rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
+    following = torch.from_numpy(np.concatenate(column["next"])).long()
+    M = int(cat.trie.fan[cat.trie.parent[following]].sum())
+    return Batch(tokens, item, branch, fork, start, needed(item), rows, following, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

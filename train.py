@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 import eval
-from data import Batch, Catalogue, Dataset, Tokenizer
+from data import Batch, Catalogue, Dataset, Tokenizer, Trie
 from eval import World, newest, number
 from hatllm import PLAN, InputError, layout
 from model import Config, Llama, adapters, add_lora, load, read_json, read_safetensors, save, save_lora, write_json
@@ -128,23 +128,24 @@ def slug(value) -> str:
 # --- The losses -----------------------------------------------------------------------------------------------------
 
 
-def trie_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
+def trie_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
     """Masked softmax (MSL, SIGIR 2025, eq. 5): (R,) -log of the next token among those that continue some title, after
-    h (R, d). columns (C,): the tokens of all titles. smoothing: the share of the mean over all that may follow."""
-    z = model.logits(h, columns) / TAU  # (R, C)
+    h (R, d). smoothing: the share of the mean over all that may follow."""
+    z = model.logits(h, trie.columns) / TAU  # (R, C)
+    row, child = trie.children(trie.parent[b.next], b.M)
     hidden = torch.ones_like(z, dtype=torch.bool)
-    hidden.index_put_((b.row, b.column), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
+    hidden.index_put_((row, trie.column[child]), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
     z = z.masked_fill(hidden, -torch.inf)
-    nll = F.cross_entropy(z, b.next, reduction="none")
+    nll = F.cross_entropy(z, trie.column[b.next], reduction="none")
     if smoothing:
         each = -z.log_softmax(1).masked_fill(hidden, 0)  # (R, C)
         nll = (1 - smoothing) * nll + smoothing * each.sum(1) / (~hidden).sum(1)
     return nll
 
 
-def full_nll(model: Llama, columns: Tensor, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
+def full_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
     """(R,) -log of the next token among the whole vocabulary, after h (R, d)."""
-    return F.cross_entropy(model.logits(h), columns[b.next], reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(model.logits(h), trie.token[b.next], reduction="none", label_smoothing=smoothing)
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Run:
             block.compiled = torch.compile(block.compute, dynamic=True)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
-        self.columns, self.coded = self.cat.columns.to(self.device), {}
+        self.trie, self.coded = self.cat.trie.to(self.device), {}
         self.pool = data.examples(self.d, args.targets)
         if args.limit:
             self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
@@ -268,7 +269,7 @@ def loss_of(run: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
     h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places, b.start), rows=b.rows)
     nll = trie_nll if run.args.loss == "msl" else full_nll
-    return nll(run.model, run.columns, h, b, run.args.label_smoothing).sum()
+    return nll(run.model, run.trie, h, b, run.args.label_smoothing).sum()
 
 
 def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:

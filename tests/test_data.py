@@ -449,9 +449,9 @@ def test_training_reads_the_prompt_of_evaluation(trie_only):
         fed = title[: steps[-1]]
         assert c["tokens"].tolist() == [*tokens, *fed]
         assert c["item"].tolist() == [*item, *[TARGET] * len(fed)] and not c["branch"].any()
-        assert c["at"].tolist() == [T - 1 + n for n in steps] and c["next"].tolist() == [title[n] for n in steps]
+        assert c["at"].tolist() == [T - 1 + n for n in steps]
         paths = cat.trie.path_node[cat.trie.start[cat.trie.leaf_of_item[target]] :].tolist()
-        assert c["node"].tolist() == [paths[n - 1] if n else 0 for n in steps]
+        assert c["next"].tolist() == [paths[n] for n in steps]
 
 
 @pytest.mark.parametrize("trie_only", [False, True])
@@ -465,7 +465,7 @@ def test_branches_hold_separate_prompts(trie_only):
         seen, mine = np.append(np.arange(c["fork"][at[0]]), at), np.isin(c["at"], at)
         assert not c["branch"][: c["fork"][at[0]]].any() and len({*c["fork"][at]}) == 1
         assert all(c[x][seen].tolist() == own[x].tolist() for x in ("tokens", "item"))
-        assert all(c[x][mine].tolist() == own[x].tolist() for x in ("next", "node"))
+        assert c["next"][mine].tolist() == own["next"].tolist()
         assert np.searchsorted(seen, c["at"][mine]).tolist() == own["at"].tolist()
     pair = [Example(history, targets), Example([0], [(1, 2)])]
     assert data.n_title_tokens(cat, pair) == sum(len(cat.titles[t]) + 1 for t in (1, 4, 0, 12, 2))
@@ -498,12 +498,9 @@ def test_collate():
     for name, filler in (("tokens", 0), ("item", -1), ("branch", 0), ("fork", 0)):
         assert getattr(b, name).tolist() == [[*c[name], *[filler] * (T - len(c[name]))] for c in coded]
     assert b.rows.tolist() == [n * T + a for n, c in enumerate(coded) for a in c["at"]]
-    following, node = ([v for c in coded for v in c[x].tolist()] for x in ("next", "node"))
-    assert cat.columns[b.next].tolist() == following
-    may_follow = [
-        (n, int(token)) for n, at in enumerate(node) for token in cat.trie.token[cat.trie.parent == at] if at or token
-    ]
-    assert sorted(zip(b.row.tolist(), cat.columns[b.column].tolist(), strict=True)) == sorted(may_follow)
+    trie, following = cat.trie, [v for c in coded for v in c["next"].tolist()]
+    assert b.next.tolist() == following and trie.columns[trie.column[b.next]].tolist() == trie.token[b.next].tolist()
+    assert b.M == sum(int((trie.parent[1:] == trie.parent[node]).sum()) for node in following)
     wide = data.collate(cat, coded, 64)
     assert wide.tokens.shape[1] % 64 == 0 and (wide.item[:, T:] == -1).all()
     assert wide.tokens.flatten()[wide.rows].tolist() == b.tokens.flatten()[b.rows].tolist()

@@ -363,7 +363,7 @@ def test_a_loss_is_the_decoders_score(loss, score):
     for target, leaf in enumerate(cat.trie.leaf_of_item):
         b = data.collate(cat, [data.encode(cat, Example(history, [(3, target)]), loss == "msl")])
         h = m(b.tokens, layout(b.item), rows=b.rows)
-        nll = (trie_nll if loss == "msl" else full_nll)(m, cat.columns, h, b)
+        nll = (trie_nll if loss == "msl" else full_nll)(m, cat.trie, h, b)
         assert abs(float(nll.sum().detach()) + got[leaf]) < 1e-4
 
 

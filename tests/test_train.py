@@ -612,7 +612,7 @@ def test_a_step_never_waits_for_the_device(flags, shop, base):
     depends on data. Each of these would stop the CPU until a GPU has caught up."""
     r = make_run(shop, model=base, lora=4, **flags)
     batch = train.get_batch(r, 0)
-    r.net, r.device, r.columns = r.model.to("meta").train(), torch.device("meta"), r.columns.to("meta")
+    r.net, r.device, r.trie = r.model.to("meta").train(), torch.device("meta"), r.trie.to("meta")
     r.params = [p for p in r.model.parameters() if p.requires_grad]
     r.optimizer.step = lambda: None  # torch's fused kernel, which has no meta version
     told = train.update(r, 0, batch._replace(forwards=[b.to("meta") for b in batch.forwards]), 1e-3)
