@@ -44,7 +44,7 @@ NAMES = tuple(f"{metric}@{k}" for metric in ("HR", "NDCG") for k in KS)
 CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its own
 SEEN = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, math.inf)}  # slices of the report: times in training
 USERS = 4096  # histories of a file that are in memory at a time
-TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: about 1,000 users on a GPU
+TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: hundreds of users on a GPU
 PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
 
@@ -174,7 +174,7 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
             fast = not scratch and (has.get("avx512_bf16") or has.get("amx_bf16"))

@@ -144,7 +144,7 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
 
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None, start=None) -> Layout:
     """Layout of whole texts. item (B, T), padding (-1) last. places: see `needed`; None: they are found when needed.
-    start (B, T): where a token's text begins; None: every row is one text.
+    start (B, T): where a token's text begins; None: every row is one text. Positions count on: RoPE tells distances.
 
     Several titles may be learnt from one history. It is the trunk, and each title is a branch that forks from it:
 
@@ -166,7 +166,6 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         sees = sees & (same | ((k_branch == 0) & (at[:, None, :] < fork[:, :, None])))
         own = (same & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
         pos = torch.where(branch > 0, fork + own, at)
-    pos = pos if start is None else pos - start
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
     return Layout(item, pos, sees, places)
 

@@ -260,7 +260,7 @@ def make_step(run: Run, coded: list[dict], scale: float) -> Step:
     """Forwards of at most run.tokens tokens, longest first."""
     n = sum(len(c["tokens"]) for c in coded)
     coded = data.pack(coded) if run.pack else coded
-    size = [len(c["tokens"]) for c in coded]
+    size = [-(-len(c["tokens"]) // run.multiple) * run.multiple for c in coded]
     parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
     return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, n)
 
@@ -328,7 +328,8 @@ def train(run: Run) -> bool:
             tokens += batch.tokens * run.world.size
             bar.update()
             due = step + 1 == run.steps or (step + 1) % run.args.eval_every == 0
-            if not (due or (step + 1) % run.look_every == 0):
+            alone = run.world.size == 1  # several processes must look together
+            if not (due or (asked and alone) or (step + 1) % run.look_every == 0):
                 continue
             (state["losses"], stop), recent = look(run, state["losses"], recent, bool(asked)), []
             last = state["losses"][-LOOK_EVERY:]

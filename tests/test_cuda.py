@@ -51,19 +51,8 @@ def no_waits():
 
 
 def flags(shop, *more) -> list[str]:
-    return [
-        "--data",
-        str(shop),
-        "--model",
-        str(shop),
-        "--plan",
-        PLAN,
-        "--dropout",
-        "0",
-        "--batch",
-        "6",
-        *map(str, more),
-    ]
+    shop = str(shop)
+    return ["--data", shop, "--model", shop, "--plan", PLAN, "--dropout", "0", "--batch", "6", *map(str, more)]
 
 
 def test_there_is_the_device():
@@ -74,17 +63,20 @@ def test_there_is_the_device():
 def test_training(kind, shop, monkeypatch):
     """Three updates give the CPU's losses and weights, and wait for nothing."""
     monkeypatch.setattr(train, "LORA_DROPOUT", 0.0)
-    found = {}
-    for device in ("cpu", DEVICE):
+    found = []
+    for device, pack in (("cpu", False), (DEVICE, True)):
         with on(device):
             r = train.Run(train.resolve(train.make_parser().parse_args(flags(shop, *kind))))
         r.model.train()
+        r.pool += [data.Example(e.history[:1], [(1, e.targets[0][1])]) for e in r.pool]
+        r.pack = pack
         steps, losses = [train.get_batch(r, i) for i in range(3)], []
-        with no_waits() if device == DEVICE else contextlib.nullcontext():
+        assert pack == any(b.start is not None for step in steps for b in step.forwards)
+        with no_waits() if pack else contextlib.nullcontext():
             for i, batch in enumerate(steps):
                 losses.append(train.update(r, i, batch, 1e-2))
-        found[device + "again" * (device in found)] = [*losses, *r.params]
-    for a, b in zip(*found.values(), strict=True):
+        found.append([*losses, *r.params])
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), rtol=1e-3, atol=1e-4)
 
 
