@@ -533,8 +533,8 @@ def examples(data: Dataset, targets: str) -> list[Example]:
 
 
 def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
-    """An example as arrays: tokens, item, branch, fork, start (T,) as in hatllm.layout; at, next (R,): where a loss
-    stands, and the trie node of the token to predict there. trie_only: see Catalogue.target."""
+    """An example as arrays: tokens, item, branch, fork (T,) as in hatllm.layout; at, next (R,): where a loss stands,
+    and the trie node of the token to predict there. trie_only: see Catalogue.target."""
     single = len(e.targets) == 1
     tokens, item, ends = cat.trunk(e.history)
     texts = [(tokens, item, 0 * item, 0 * item)]  # the trunk, then a branch for every target
@@ -545,8 +545,7 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
         texts.append((tokens, item, np.full(len(item), 0 if single else b), np.full(len(item), ends[k])))
         length += len(item)
     columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
-    found = dict(zip(("tokens", "item", "branch", "fork", "at", "next"), columns, strict=True))
-    return found | {"start": np.zeros(length, np.int32)}
+    return dict(zip(("tokens", "item", "branch", "fork", "at", "next"), columns, strict=True))
 
 
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:
@@ -560,7 +559,7 @@ class Batch:
     item: Tensor  # (B, T) as in hatllm.Layout, -1 on padding
     branch: Tensor | None  # (B, T), None where every example has one target
     fork: Tensor | None  # (B, T)
-    start: Tensor | None  # (B, T), None where every row is one text
+    start: Tensor | None  # (B, T), None unless packed
     places: Tensor  # (B, S) see hatllm.needed
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the trie node of the token to predict there
@@ -588,18 +587,18 @@ def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
 
 def pack(coded: list[dict]) -> list[dict]:
     """Encoded examples one after the other, in rows no longer than the longest of them: each, longest first, stands in
-    the first row that has room. Else a third or more of what a GPU computes would be padding."""
+    the first row that has room. Else a third or more of what a GPU computes would be padding. start: see layout."""
     coded = sorted(coded, key=lambda c: -len(c["tokens"]))
-    rows, room = [], []  # examples of a row; tokens that it has left
+    width, rows, filled = len(coded[0]["tokens"]), [], []  # rows: the examples of each; filled: their tokens
     for c in coded:
         n = len(c["tokens"])
-        b = next((b for b, left in enumerate(room) if left >= n), len(rows))
+        b = next((b for b, there in enumerate(filled) if there + n <= width), len(rows))
         if b == len(rows):
             rows.append([])
-            room.append(len(coded[0]["tokens"]))
-        start = len(coded[0]["tokens"]) - room[b]
-        rows[b].append(c | {name: c[name] + start for name in ("fork", "start", "at")})
-        room[b] -= n
+            filled.append(0)
+        start = filled[b]
+        rows[b].append(c | {"start": np.full(n, start), "fork": c["fork"] + start, "at": c["at"] + start})
+        filled[b] += n
     return [{name: np.concatenate([c[name] for c in row]) for name in row[0]} for row in rows]
 
 
@@ -607,11 +606,11 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     """Encoded examples, right-padded. Everything with a size of its own is found here, on the CPU, so that the model
     never waits to learn one."""
     column = {name: [c[name] for c in coded] for name in coded[0]}
-    tokens, branch, fork, start = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork", "start"))
+    tokens, branch, fork = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork"))
     item = pad(column["item"], -1, multiple)
+    start = pad(column["start"], 0, multiple) if "start" in column else None
     if not branch.any():
         branch = fork = None
-    start = start if start.any() else None
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
     M = int(cat.trie.fan[cat.trie.parent[following]].sum())

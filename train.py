@@ -328,8 +328,8 @@ def train(run: Run) -> bool:
             tokens += batch.tokens * run.world.size
             bar.update()
             due = step + 1 == run.steps or (step + 1) % run.args.eval_every == 0
-            alone = run.world.size == 1  # several processes must look together
-            if not (due or (asked and alone) or (step + 1) % run.look_every == 0):
+            stopped = asked and run.world.size == 1  # several processes must look together
+            if not (due or stopped or (step + 1) % run.look_every == 0):
                 continue
             (state["losses"], stop), recent = look(run, state["losses"], recent, bool(asked)), []
             last = state["losses"][-LOOK_EVERY:]

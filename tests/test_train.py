@@ -495,7 +495,7 @@ def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> flo
     coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in some]
     batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, some))
     assert len(batch.forwards) > 1 or r.tokens > 100
-    assert any(b.start is not None for b in batch.forwards) == r.pack
+    assert any(b.start is not None and b.start.any() for b in batch.forwards) == r.pack
     return float(train.update(r, n, batch, lr)[0])
 
 
@@ -617,7 +617,7 @@ def test_a_step_never_waits_for_the_device(flags, shop, base):
     r = make_run(shop, model=base, lora=4, **flags)
     r.pack, r.pool = True, [*r.pool, *(Example(e.history[:1], [(1, e.targets[0][1])]) for e in r.pool)]
     batch = train.get_batch(r, 0)
-    assert batch.forwards[0].start is not None
+    assert batch.forwards[0].start.any()
     r.net, r.device, r.trie = r.model.to("meta").train(), torch.device("meta"), r.trie.to("meta")
     r.params = [p for p in r.model.parameters() if p.requires_grad]
     r.optimizer.step = lambda: None  # torch's fused kernel, which has no meta version
