@@ -144,11 +144,11 @@ class Decoder:
 
         def with_prompt(item: Tensor) -> Layout:
             sees = torch.cat(((item >= 0)[:, None, :].expand(-1, Q, -1), above), 2)  # (B, Q, T + n)
-            return Layout(torch.cat((item, new), 1), pos, sees)
+            return Layout(torch.cat((item, new), 1), pos, sees, real=rows)
 
         lay = with_prompt(state.item)
         lay.shorter = with_prompt(state.short_item)
-        return self.model(trie.token[nodes], lay, state.cache, rows)
+        return self.model(trie.token[node], lay, state.cache)
 
     def expand(self, h: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (F, d) after the prefixes nodes (F,) -> row, child, log-probability (M,) of all that may follow."""

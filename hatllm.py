@@ -75,6 +75,7 @@ class Layout:
     sees: Tensor  # (B, Tq, T) bool: the key comes before the query in one and the same text, or is the query itself
     places: Tensor | None = None  # (B, S) of the tokens that CR-last layers need, -1 for none; see `needed`
     shorter: "Layout | None" = None  # of these tokens alone; None: `shorten` makes it
+    real: Tensor | None = None  # (F,) which of the B * Tq queries are tokens, where the rest is left out; None: all
     masks: dict = field(default_factory=dict)
 
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:

@@ -206,15 +206,19 @@ class Attention(nn.Module):
         self.v_proj = Linear(d, Hkv * self.D, bias=c.qkv_bias)
         self.o_proj = Linear(H * self.D, d, bias=False)
 
-    def qkv(self, x: Tensor, cos_sin) -> list[Tensor]:
-        """x (B, T, d) -> q, k, v (B, heads, T, D)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.D)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def qkv(self, x: Tensor, cos_sin, real: Tensor | None = None) -> list[Tensor]:
+        """x (B, T, d), or (F, d) of the tokens real (F,) of B * T -> q, k, v (B, heads, T, D), else 0."""
+        flat = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        B, _, T, _ = cos_sin[0].shape
+        if real is not None:
+            flat = [y.new_zeros(B * T, y.shape[1]).index_copy(0, real, y) for y in flat]
+        q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in flat)
         return [rotate(q, cos_sin), rotate(k, cos_sin), v]
 
-    def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, Tq, d) -> (B, Tq, d); mask (B, 1, G * Tq, T) is added to the scores. The cache may lack the first
-        tokens if the new ones see none of them in this layer."""
-        q, k, v = self.qkv(x, cos_sin)
+    def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int, real=None) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask (B, 1, G * Tq, T) is
+        added to the scores. The cache may lack the first tokens if the new ones see none of them in this layer."""
+        q, k, v = self.qkv(x, cos_sin, real)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
             mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
@@ -222,7 +226,8 @@ class Attention(nn.Module):
         # (B, H, Tq, D) -> (B, Hkv, G Tq, D): the G heads that share a key stand one after the other as more queries, so
         # that K and V are never copied. The mask is repeated G times.
         y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
-        return self.o_proj(y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2))
+        y = y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2)
+        return self.o_proj(y if real is None else y.flatten(0, 1)[real])
 
 
 class MLP(nn.Module):
@@ -248,13 +253,14 @@ class Block(nn.Module):
         self.compiled = None  # of `compute`, by train.py --compile: decoding has too many shapes to be compiled
 
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
-        """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on."""
+        """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on. With
+        layout.real (F, d) -> (F, d)."""
         mask = layout.additive_mask(self.kind, self.G, x.dtype)  # all of HatLLM: what this layer's tokens may look at
         compute = (torch.is_grad_enabled() and self.compiled) or self.compute
-        return compute(x, cos_sin, mask, cache, rows)
+        return compute(x, cos_sin, mask, cache, rows, layout.real)
 
-    def compute(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, rows: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, self.layer))
+    def compute(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, rows: Tensor | None, real=None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, self.layer, real))
         x = x if rows is None else x.flatten(0, 1)[rows]
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -283,7 +289,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """tokens (B, Tq) -> (B, Tq, d) after the last norm, or (R, d) where only rows (R,), of the B * Tq tokens, are
-        needed: the last MLP sees them alone. `logits` is the caller's."""
+        needed: the last MLP sees them alone. tokens (F,) -> (F, d) with layout.real. `logits` is the caller's."""
         x = self.dropout(self.embed_tokens(tokens))
         return self.norm(self.blocks(x.to(self.dtype or x.dtype), layout, cache, rows=rows))
 
@@ -291,7 +297,7 @@ class Llama(nn.Module):
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
         cos_sin = rope(self.config, layout.pos, x.dtype)
         for block in self.layers[first:last]:
-            if block.layer == self.first_short and rows is not None:
+            if block.layer == self.first_short and not (rows is None and layout.shorter is None):
                 x, rows, layout = shorten(x, rows, layout)
                 cos_sin = rope(self.config, layout.pos, x.dtype)
             x = block(x, cos_sin, layout, cache, rows if block is self.layers[-1] else None)
