@@ -65,16 +65,17 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     out = [
         ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
         ("parity", 120, ["extras.bench", "parity", *own]),
-        ("profile", 120, ["extras.bench", "profile", *own, *flags["profile"]]),
     ]
-    if not args.toy:  # a CPU would compile for minutes
-        out.append(("profile, compiled", 180, ["extras.bench", "profile", *own, *flags["profile"], "--compile"]))
     for shape, folder in models.items():
-        same = ["--data", args.data, "--model", folder, "--dtype", "float32" if args.toy else "bfloat16"]
+        same, name = ["--data", args.data, "--model", folder], folder.name
+        out.append((f"profile {name}", 120, ["extras.bench", "profile", *same, *flags["profile"]]))
+        same += ["--dtype", "float32" if args.toy else "bfloat16"]
         for kind, rank in (("LoRA", 8), ("full", 0)):
             command = ["extras.bench", "train", *same, *flags[f"train {shape}"], "--lora", rank]
-            out.append((f"train {folder.name}, {kind}", 120, command))
-        out.append((f"decode {folder.name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
+            out.append((f"train {name}, {kind}", 120, command))
+        out.append((f"decode {name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
+    if not args.toy:  # a CPU would compile for minutes
+        out.append(("profile, compiled", 180, ["extras.bench", "profile", *own, *flags["profile"], "--compile"]))
     same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
     for seed in range(1 if args.toy else SEEDS):

@@ -45,7 +45,9 @@ def test_all_stages_and_again(frozen_heap, tmp_path, monkeypatch, capsys):
         done["train random-toy, full"]["result"]["losses agree"]
         and len(done["decode random-toy"]["result"]["rows"]) == 3
     )
-    assert len(done["profile"]["result"]["top"]) == 15 and done["profile"]["result"]["idle"] is None
+    assert (
+        len(done["profile random-toy"]["result"]["top"]) == 15 and done["profile random-toy"]["result"]["idle"] is None
+    )
     text = (tmp_path / "out/gpu.md").read_text()
     assert "bench compares with peft" in text and "| OR | 0 |" in text and "| IN:1/4 OR CR:1/4 | 0 |" in text
     capsys.readouterr()
