@@ -3,8 +3,8 @@
     python -m extras.gpu --out out/gpu             # every stage, 15 minutes at most; the same command goes on
     python -m extras.gpu --out /tmp/toy --toy      # the same on a CPU, with a tiny random model
 
-The stages are processes with a time limit each: tests/test_cuda.py; parity; training and decoding beside transformers +
-peft, of SmolLM2-135M and of a Llama of 1B; a profile; HatLLM against the plain LLM, a seed at a time, while time is
+The stages are processes with a time limit each: tests/test_cuda.py; parity; a profile, and training and decoding beside
+transformers + peft, of SmolLM2-135M and of a Llama of 1B; HatLLM against the plain LLM, a seed at a time, while time is
 left. One that fails is noted, and the others go on. --out holds gpu.md to read, gpu.json with all numbers, logs/, and
 what is large: models/, ablate/. Where there are no weights of smollm2-135m, random ones of its shape stand in: speed is
 the same, and the last stages train `tiny` from scratch. No network is needed.
