@@ -336,8 +336,7 @@ class Trie:
     leaf: Tensor  # (nodes,) the first leaf below (or at) the node
     leaves: Tensor  # (nodes,) how many they are: leaf .. leaf + leaves - 1
     stop: Tensor  # (nodes,) the next node below (or at) which titles part, or the leaf's node where there is one title
-    start: Tensor  # (leaves + 1,) a leaf's path is start[leaf] .. start[leaf + 1] - 1 in the next two
-    path_token: Tensor  # (tokens of all leaves,)
+    start: Tensor  # (leaves + 1,) a leaf's path is start[leaf] .. start[leaf + 1] - 1 in the next
     path_node: Tensor  # (tokens of all leaves,)
     leaf_of_item: Tensor  # (items,) -1 for an item that is no candidate
 
@@ -349,7 +348,7 @@ class Trie:
         self.leaf_of_item = np.array([number[title] for title in every])
         size = np.array([len(title) // 4 for title in titles])
         self.start = np.append(0, np.cumsum(size))
-        self.path_token = np.frombuffer(b"".join(titles), ">u4").astype(int)
+        path_token = np.frombuffer(b"".join(titles), ">u4").astype(int)
         leaf = np.repeat(np.arange(len(titles)), size)  # of every token, as is its depth
         depth = np.arange(len(leaf)) - self.start[leaf] + 1
         shared = [0, *(len(os.path.commonprefix(pair)) // 4 for pair in itertools.pairwise(titles))]  # of one before
@@ -360,7 +359,7 @@ class Trie:
         for a, b, n in zip(self.start, self.start[1:], shared[1:], strict=False):
             node[b : b + n] = node[a : a + n]  # what is shared has its nodes already
         self.path_node = node
-        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (self.path_token, depth, leaf))
+        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (path_token, depth, leaf))
         self.columns, column = np.unique(self.token[1:], return_inverse=True)
         self.column = np.append(0, column)
         self.parent = np.append(0, np.where(depth[new] > 1, node[new - 1], 0))

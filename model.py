@@ -297,7 +297,7 @@ class Llama(nn.Module):
         """x (B, Tq, d) through the layers first .. last - 1; rows: see forward."""
         cos_sin = rope(self.config, layout.pos, x.dtype)
         for block in self.layers[first:last]:
-            if block.layer == self.first_short and not (rows is None and layout.shorter is None):
+            if block.layer == self.first_short and (rows is not None or layout.shorter is not None):
                 x, rows, layout = shorten(x, rows, layout)
                 cos_sin = rope(self.config, layout.pos, x.dtype)
             x = block(x, cos_sin, layout, cache, rows if block is self.layers[-1] else None)

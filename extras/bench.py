@@ -347,11 +347,12 @@ def bench_profile(args) -> dict:
     top = [{"name": e.key[:90], "ms": getattr(e, name) / 1000, "calls": e.count} for e in events]
     idle = max(0.0, 1 - sum(e["ms"] for e in top) / 1000 / usual) if gpu and top else None
     top = sorted(top, key=lambda e: -e["ms"])[:15]
-    share = mfu(r.model, batch.tokens / usual, here()["machine"])
-    known = "" if idle is None else f", {idle:.0%} idle, MFU {share or 0:.0%}"
-    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s{known}")
+    head = here()
+    share = mfu(r.model, batch.tokens / usual, head["machine"])
+    known = [f", {v:.0%} {name}" for v, name in ((idle, "idle"), (share, "MFU")) if v is not None]
+    print(f"a step of {batch.tokens:,} tokens: {usual:.3f} s" + "".join(known))
     print("\n".join(f"{e['ms']:9.2f} ms  {e['calls']:5} x  {e['name']}" for e in top))
-    return here() | {"seconds": usual, "tokens": batch.tokens, "MFU": share, "idle": idle, "top": top}
+    return head | {"seconds": usual, "tokens": batch.tokens, "MFU": share, "idle": idle, "top": top}
 
 
 MODES = dict(decode=bench_decode, train=bench_train, cache=bench_cache, parity=bench_parity, profile=bench_profile)

@@ -306,12 +306,12 @@ def test_trie_by_brute_force(paths):
         "leaves": [len(below[p]) for p in order],
         "stop": [stop[p] for p in order],
         "start": [0, *np.cumsum([len(t) for t in titles])],
-        "path_token": [x for t in titles for x in t],
         "path_node": [number[t[: n + 1]] for t in titles for n in range(len(t))],
         "leaf_of_item": [titles.index(tuple(p.tolist())) for p in paths],
     }
     for name, want in arrays.items():
         assert getattr(trie, name).tolist() == want, name
+    assert trie.token[trie.path_node].tolist() == [x for t in titles for x in t]
     row, child = trie.children(torch.arange(len(order)).repeat(2))
     assert row.tolist() == [n for n in range(2 * len(order)) for _ in children[order[n % len(order)]]]
     assert child.tolist() == [c for p in order for c in children[p]] * 2

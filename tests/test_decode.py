@@ -58,7 +58,7 @@ def brute(plan: str, score: str, kind: str = "many", tau: float = 1.0) -> Tensor
     """(B, L) log-probabilities: the prompt and one title, teacher-forced, without cache, tree or batch of lengths."""
     t, m, (tokens, item) = trie(kind), model(plan), prompts()
     out = torch.zeros(len(tokens), t.n_leaves)
-    paths = [t.path_token[t.start[x] : t.start[x + 1]] for x in range(t.n_leaves)]
+    paths = [t.token[t.path_node[t.start[x] : t.start[x + 1]]] for x in range(t.n_leaves)]
     for b, n in enumerate(LENGTHS):
         # rows of one title each, padded at the end, where causal attention never looks
         text = torch.stack([torch.cat((tokens[b, :n], p[:-1], p.new_zeros(12 - len(p)))) for p in paths])
