@@ -4,10 +4,11 @@
     python -m extras.gpu --out /tmp/toy --toy      # the same on a CPU, with a tiny random model
 
 The stages are processes with a time limit each: tests/test_cuda.py; parity; a profile, and training and decoding beside
-transformers + peft, of SmolLM2-135M and of a Llama of 1B; HatLLM against the plain LLM, a seed at a time, while time is
-left. One that fails is noted, and the others go on. --out holds gpu.md to read, gpu.json with all numbers, logs/, and
-what is large: models/, ablate/. Where there are no weights of smollm2-135m, random ones of its shape stand in: speed is
-the same, and the last stages train `tiny` from scratch. No network is needed.
+transformers + peft, of SmolLM2-135M and of a Llama of 1B; the plain LLM, HatLLM's IN layers alone and its default plan
+on beauty's 10-core, a seed at a time, while time is left. One that fails is noted, and the others go on. --out holds
+gpu.md to read, gpu.json with all numbers, logs/, and what is large: models/, ablate/. Where there are no weights of
+smollm2-135m, random ones of its shape stand in: speed is the same, and the last stages train `tiny` from scratch. No
+network is needed.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ CARD = {  # flags that fill a card of 80 GB
     "decode random-135m": "--users 16 --beams 20 --score trie --rounds 2",
     "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
     "profile": "--dtype auto --lora 0 --batch 256",
-    "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 3 --eval_every 224",
+    "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 8 --eval_every 66",
 }
 TOY = {  # flags that take no time
     "train random-toy": "--batch 4 --tokens 512 --rounds 2",
@@ -76,7 +77,8 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
         out.append((f"decode {name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
     if not args.toy:  # a CPU would compile for minutes
         out.append(("profile, compiled", 180, ["extras.bench", "profile", *own, *flags["profile"], "--compile"]))
-    same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;{PLAN}"]
+    same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;IN:1/4 OR;{PLAN}"]
+    same += ["--core", 10, "--split", "loo"] if args.data == "beauty" else []  # small enough for many passes
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
     for seed in range(1 if args.toy else SEEDS):
         out.append((f"plans, seed {seed}", 1e9, ["extras.ablate", "run", *same, "--seeds", seed]))
