@@ -125,7 +125,7 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
 
 
 def read_windows(folder: Path, index: dict[str, int], titled: list[bool]) -> dict[str, list]:
-    """split -> windows. Untitled items leave the histories; a window with an untitled target is dropped."""
+    """split -> windows. Untitled items leave the histories; a window without a titled target or history is dropped."""
     rows = {"train": [], "valid": [], "test": []}
     for where, row in read_table(folder / "windows.tsv", ["split", "user_id", "item_ids", "times"]):
         *history, target = read_ids(where, row["item_ids"], index, 2)
@@ -193,7 +193,7 @@ class Dataset:
     def summary(self) -> str:
         users = {w.user for part in (self.train, self.valid, self.test) for w in part}
         sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,}"
-        name, left_out = self.folder.name, f"; {self.left_out:,} more users have too few items, see --core"
+        name, left_out = self.folder.name, f"; {self.left_out:,} more users have too few items (--core, --split)"
         text = f"{name}: {len(users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
         return text + left_out * (self.left_out > 0)
 
@@ -349,29 +349,29 @@ class Trie:
         size = np.array([len(title) // 4 for title in titles])
         self.start = np.append(0, np.cumsum(size))
         path_token = np.frombuffer(b"".join(titles), ">u4").astype(int)
-        leaf = np.repeat(np.arange(len(titles)), size)  # of every token, as is its depth
-        depth = np.arange(len(leaf)) - self.start[leaf] + 1
+        path_leaf = np.repeat(np.arange(len(titles)), size)
+        path_depth = np.arange(len(path_leaf)) - self.start[path_leaf] + 1
         shared = [0, *(len(os.path.commonprefix(pair)) // 4 for pair in itertools.pairwise(titles))]  # of one before
-        new = np.flatnonzero(depth > np.array(shared)[leaf])  # where a title leaves the one before it, a node begins
-        new = new[np.lexsort((leaf[new], depth[new]))]  # breadth first
-        node = np.zeros(len(leaf), int)
-        node[new] = np.arange(1, len(new) + 1)
+        new = np.flatnonzero(path_depth > np.array(shared)[path_leaf])  # a title leaves the one before: a node begins
+        new = new[np.lexsort((path_leaf[new], path_depth[new]))]  # breadth first
+        path_node = np.zeros(len(path_leaf), int)
+        path_node[new] = np.arange(1, len(new) + 1)
         for a, b, n in zip(self.start, self.start[1:], shared[1:], strict=False):
-            node[b : b + n] = node[a : a + n]  # what is shared has its nodes already
-        self.path_node = node
-        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (path_token, depth, leaf))
+            path_node[b : b + n] = path_node[a : a + n]  # what is shared has its nodes already
+        self.path_node = path_node
+        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (path_token, path_depth, path_leaf))
         self.columns, column = np.unique(self.token[1:], return_inverse=True)
         self.column = np.append(0, column)
-        self.parent = np.append(0, np.where(depth[new] > 1, node[new - 1], 0))
-        self.leaves = np.bincount(node, minlength=len(new) + 1)
+        self.parent = np.append(0, np.where(path_depth[new] > 1, path_node[new - 1], 0))  # of the token before
+        self.leaves = np.bincount(path_node, minlength=len(new) + 1)
         self.leaves[0] = len(titles)
         self.fan = np.bincount(self.parent[1:], minlength=len(self.parent))
         self.child = np.searchsorted(self.parent[1:], np.arange(len(self.parent))) + 1  # parents ascend along the nodes
-        self.stop = np.where(self.leaves == 1, node[self.start[self.leaf + 1] - 1], np.arange(len(self.parent)))
+        self.stop = np.where(self.leaves == 1, path_node[self.start[self.leaf + 1] - 1], np.arange(len(self.parent)))
         for n in np.flatnonzero((self.fan == 1) & (self.leaves > 1))[::-1]:  # many titles, one way on
             self.stop[n] = self.stop[self.child[n]]
         self.stop[0] = 0
-        self.n_nodes, self.n_leaves = len(self.parent), len(titles)
+        self.n_leaves = len(titles)
         vars(self).update({k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)})
 
     def children(self, nodes: Tensor, M: int | None = None) -> tuple[Tensor, Tensor]:
@@ -477,7 +477,8 @@ class Catalogue:
         at = np.arange(len(node))
         if trie_only:
             at = np.flatnonzero(trie.fan.numpy()[trie.parent.numpy()[node]] > 1)
-        fed = trie.token.numpy()[node[: at[-1] if len(at) else 0]]
+        n = at[-1] if len(at) else 0  # the last loss stands after so many tokens of the title
+        fed = trie.token.numpy()[node[:n]]
         item = np.append(0 * self.header, np.full(len(fed), TARGET))
         return np.append(self.header, fed), item, len(self.header) - 1 + at, node[at]
 
@@ -543,8 +544,9 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
         losses.append((length + at, node))
         texts.append((tokens, item, np.full(len(item), 0 if single else b), np.full(len(item), ends[k])))
         length += len(item)
-    columns = [np.concatenate(x).astype(np.int32) for x in (*zip(*texts, strict=True), *zip(*losses, strict=True))]
-    return dict(zip(("tokens", "item", "branch", "fork", "at", "next"), columns, strict=True))
+    parts = dict(zip(("tokens", "item", "branch", "fork"), zip(*texts, strict=True), strict=True))
+    parts |= dict(zip(("at", "next"), zip(*losses, strict=True), strict=True))
+    return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}
 
 
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:

@@ -5,6 +5,7 @@ is left scores above the K-th finished title, the top K is exact.
 Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L leaves (titles).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -79,21 +80,23 @@ class Decoder:
     def __init__(self, model: Llama, trie: Trie, score: str = "trie", tau: float = 1.0):
         self.model, self.trie, self.full = model, trie.to(model.head.device), score == "full"
         self.tau = 1.0 if self.full else tau  # full: without a temperature, as Hugging Face decodes
-        self.states = None  # (tokens of all titles, d) after the IN-closed layers, once `remember` was called
+        self.states = None  # (tokens of all texts, d) after the IN-closed layers, once `remember` was called
         # how many IN-closed layers lead; the last layer is none of them, for it picks the rows
-        self.closed = next(i for i, kind in enumerate([*model.plan[:-1], "end"]) if kind != "IN-closed")
+        leading = itertools.takewhile(lambda kind: kind == "IN-closed", model.plan[:-1])
+        self.closed = len(list(leading))
 
     @torch.inference_mode()
-    def remember(self, titles: list):
-        """The item cache. Under leading IN-closed layers a title's states depend on the title alone: computes them
-        once, so that `prefill` runs the items of all users through the other layers only. Equal to 1e-4 in fp32."""
+    def remember(self, texts: list):
+        """The item cache, of Catalogue.texts. Under leading IN-closed layers the states of an item's text depend on
+        that alone: computes them once for all, so that `prefill` runs items through the other layers only. Equal to
+        1e-4 in fp32."""
         if not self.closed:
             return
-        size = torch.tensor([len(t) for t in titles])
+        size = torch.tensor([len(t) for t in texts])
         first = size.cumsum(0) - size
         self.states = self.model.head.new_empty(int(size.sum()), self.model.config.hidden_size)
         for some in torch.argsort(size, stable=True).split(64):
-            tokens = pad([titles[i] for i in some], 0).to(self.states.device)
+            tokens = pad([texts[i] for i in some], 0).to(self.states.device)
             at = pad([first[i] + torch.arange(size[i]) for i in some], -1).to(self.states.device)
             item = torch.where(at >= 0, 1, -1)
             x = self.model.blocks(self.model.embed_tokens(tokens), layout(item), last=self.closed)
@@ -101,7 +104,7 @@ class Decoder:
 
     def prefill(self, tokens: Tensor, item: Tensor, source: Tensor | None = None) -> tuple[SearchState, Tensor]:
         """Reads the prompts (B, T), right-padded, once -> the state, and h (B, d) where the title begins.
-        source (B, T): where a title's token stands among the tokens of all titles; -1 for context."""
+        source (B, T): where an item's token stands among those of all texts, see data.collate_prompts."""
         at, length = torch.arange(len(item), device=item.device), (item >= 0).sum(1)
         cache, places = Cache(len(self.model.layers)), needed(item)
         short = item.gather(1, places.clamp(min=0)).where(places >= 0, -1)
@@ -116,7 +119,7 @@ class Decoder:
         return state, self.model.norm(self.model.blocks(x, lay, cache, first=self.closed, rows=rows))
 
     def after_closed_layers(self, tokens: Tensor, item: Tensor, source: Tensor) -> Tensor:
-        """(B, T, d) after the IN-closed layers: the titles' from the item cache, the context's computed here."""
+        """(B, T, d) after the IN-closed layers: the items' from the item cache, the context's computed here."""
         x = self.states[source.clamp(min=0)]
         n = (item == 0).sum(1, keepdim=True)
         at = torch.argsort((item != 0).int(), dim=1, stable=True)[:, : int(n.max())]  # the context, packed
@@ -257,7 +260,8 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     group = p.user * 2 + ~whole  # a user's titles, then the prefixes, each from the best on
     # one sort by (group, -score): the group in the upper half, the bits of -score in the lower. It is at least 0, and
     # the bits of such floats sort as the numbers do.
-    order = torch.argsort(group << 32 | (0 - p.score).view(torch.int32).long(), stable=True)
+    bits = (0 - p.score).view(torch.int32).long()
+    order = torch.argsort((group << 32) | bits, stable=True)
     p, whole, depth = p[order], whole[order], depth[order]
     none, place = torch.full(spent.shape, -torch.inf, device=spent.device), place_in_group(p.user)
     start = torch.arange(len(place), device=place.device) - place  # where the user's entries begin
@@ -266,11 +270,11 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     live = ~whole & (p.score > to_beat[p.user])
     lost = live & p.deferred & spent[p.user]
     given_up = none.scatter_reduce(0, p.user, p.score.where(lost, -torch.inf), "amax")
-    turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live & ~lost, NEVER)
+    turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live & ~lost, NEVER)  # least first
     first = torch.full(spent.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
     now = (turn == first[p.user]) & (turn < NEVER)
-    nth = now.cumsum(0)  # counts from 1 along all users; less what came before the user's entries, it is the rank
-    beam = now & (nth - nth[start] + now[start] <= width)
+    before = now.cumsum(0) - now.long()  # how many of `now` come earlier, other users' included
+    beam = now & (before - before[start] < width)
     p.deferred = p.deferred | (now & ~beam)
     kind = torch.where(beam, 2, torch.where(turn < NEVER, 1, torch.where(kept, 0, 3)))  # 0: a title, 3: gone
     by_kind = torch.argsort(kind, stable=True)

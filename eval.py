@@ -72,10 +72,11 @@ def positions(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """before, ties (N,) of the targets in predictions: the metrics are a function of that file alone."""
     before, ties = np.full(len(predictions), np.inf), np.ones(len(predictions))
     for n, p in enumerate(predictions):
-        own = next((s for items, s in zip(p["items"], p["scores"], strict=True) if p["target"] in items), None)
+        listed = list(zip(p["items"], p["scores"], strict=True))
+        own = next((score for items, score in listed if p["target"] in items), None)
         if own is not None:
-            before[n] = sum(len(items) for items, s in zip(p["items"], p["scores"], strict=True) if s > own)
-            ties[n] = sum(len(items) for items, s in zip(p["items"], p["scores"], strict=True) if s == own)
+            before[n] = sum(len(items) for items, score in listed if score > own)
+            ties[n] = sum(len(items) for items, score in listed if score == own)
     return before, ties
 
 
@@ -241,7 +242,7 @@ def load_data(out: Path, c: dict, given: str = "") -> Dataset:
     """The data of the run in out, whose config is c."""
     d = data.load(locate(out, "data", given, c["data_folder"], "items.tsv"), c["split"], c["core"], c["columns"])
     if d.digest != c["digest"]:
-        raise InputError(f"{d.folder} is not the data that {out} was trained on: its files differ")
+        raise InputError(f"{d.folder} is not the data that {out} was trained on: its files differ, or TIES in data.py")
     return d
 
 
@@ -277,7 +278,8 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
-    if c.get("masks", now := masks(model.plan)) != now:
+    now = masks(model.plan)
+    if c.get("masks", now) != now:  # an older run has none
         raise InputError(
             f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py to evaluate it"
         )
@@ -415,8 +417,9 @@ class Recommender:
         a = self.args = make_parser().parse_args(argv)
         self.model, self.cat, self.d, self.config = load_run(out, a.data, a.base, a.catalogue, a.only)
         self.decoder = make_decoder(self.model, self.cat, self.config, a.score)
-        self.index = {x: i for i, x in enumerate(self.d.ids)}  # an id, but rather a title in lower case, or as written
-        numbered = [*enumerate(self.d.titles)][::-1]  # of equal titles the first counts
+        # a name means a title as written, else a title in any case, else an id; of equal titles the first
+        self.index = {x: i for i, x in enumerate(self.d.ids)}
+        numbered = [*enumerate(self.d.titles)][::-1]
         self.index |= {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}
 
     def top_k(self, histories: list[list[str]], k: int | None = None) -> list[dict]:
@@ -509,7 +512,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     predictions = [p | {"seen": n, "popularity": at} for p, n, at in zip(predictions, seen, places, strict=True)]
     name = f"{args.split}{tag(args, (d.ids, d.titles, candidate.tolist()))}"
     write_json(out / f"predictions-{name}.jsonl", predictions)
-    saved = {"model": result, "popularity": rows["popularity"], "flags": vars(args), "base": base_source}
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "data", "base")}
+    saved = {"model": result, "popularity": rows["popularity"], "flags": flags, "base": base_source}
     write_json(out / f"results-{name}.json", saved)
     print(f"{args.split} split, {len(windows):,} windows, ranked among all {sum(map(len, cat.bearers)):,} items"
           + (", items of the history excluded (not for popularity)" if args.exclude_history else "")
@@ -535,6 +539,8 @@ def main(argv: list[str]):
         raise InputError(f"--k {args.k}: HR@{KS[-1]} needs {KS[-1]} titles at least")
     if args.to and args.histories is None:
         raise InputError("--to says where --histories writes; it goes with no other flag")
+    if asked and (args.limit or args.split != DEFAULTS.split):
+        raise InputError("--limit and --split are for the test; they go with none of --recommend, --user, --histories")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "to", *ASK)}
     world, r = World(), Recommender(args.out, **flags)
     if args.histories is not None:

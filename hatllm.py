@@ -75,7 +75,7 @@ class Layout:
     sees: Tensor  # (B, Tq, T) bool: the key comes before the query in one and the same text, or is the query itself
     places: Tensor | None = None  # (B, S) of the tokens that CR-last layers need, -1 for none; see `needed`
     shorter: "Layout | None" = None  # of these tokens alone; None: `shorten` makes it
-    real: Tensor | None = None  # (F,) which of the B * Tq queries are tokens, where the rest is left out; None: all
+    real: Tensor | None = None  # (F,) which of the B * Tq places hold a token; then x is (F, d). None: all do
     masks: dict = field(default_factory=dict)
 
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
@@ -95,7 +95,8 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     leaves open is decided here: context sees all and is seen by all, except in IN-closed and CR-last; a token always
     sees itself.
     """
-    q_item, k_item = item[:, -sees.shape[1] :, None], item[:, None, :]
+    Tq = sees.shape[1]
+    q_item, k_item = item[:, -Tq:, None], item[:, None, :]
     both_items, same = (q_item > 0) & (k_item > 0), q_item == k_item
     if kind == "OR":
         return sees
@@ -106,7 +107,8 @@ def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     if kind not in ("CR", "CR-own", "CR-last"):
         raise InputError(f"layers of kind '{kind}': hatllm.KINDS names it, but hatllm.mask has no lines for it")
     at = torch.arange(item.shape[1], device=item.device)
-    hidden = both_items & same & (at[-sees.shape[1] :, None] != at)  # CR
+    itself = at[-Tq:, None] == at  # (Tq, T)
+    hidden = both_items & same & ~itself  # CR
     if kind in ("CR-own", "CR-last"):
         hidden = hidden & (q_item != TARGET)
     if kind == "CR-last":

@@ -102,7 +102,7 @@ class Config:
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
         found, fields = read_json(path), Config.__dataclass_fields__
         kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
-        refuse_others(path, found, FIXED | {"model_type": "qwen2" if kind == "qwen2" else "llama"})
+        refuse_others(path, found, FIXED | {"model_type": kind if kind in ("llama", "qwen2") else "llama or qwen2"})
         own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
         own |= {key: found[key] for key in fields if found.get(key) is not None}
         own |= read_rope(path, found) | {"qkv_bias": kind == "qwen2"}

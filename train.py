@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
-    add("--out", default="", help="folder of the run; default: out/ and what differs from the defaults")
+    add("--out", default="", help="folder of the run; default: out/ and what decides the result, where it is unusual")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return p
 
@@ -106,11 +106,12 @@ def parse(argv: list[str]):
 def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
     if not args.out:
-        named = "split core columns targets limit plan dropout label_smoothing lora loss seed".split()
+        named = "split core columns targets limit plan dropout label_smoothing lora loss".split()
+        named += "lr max_steps epochs batch seed".split()
         usual = make_parser().parse_args([])
         other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
         more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
-        args.out = "-".join([f"out/{Path(args.data).name}", Path(args.model).name, *more])
+        args.out = "-".join([f"out/{Path(args.data).resolve().name}", Path(args.model).name, *more])
     scratch = args.model == "tiny"
     args.lora = 0 if scratch else args.lora
     args.targets = args.targets if args.targets != "auto" else "all" if scratch else "last"
@@ -172,12 +173,8 @@ class Run:
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         gpu = self.device.type == "cuda"
-        c, self.tokens = self.model.config, args.tokens or 1024  # a CPU likes forwards of one length
-        # two thirds at most of what gradients and AdamW leave: a layer keeps 20 to 32 d numbers a token
-        if gpu and not args.tokens:
-            free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in self.params)
-            token = 48 * self.dtype.itemsize * c.hidden_size * c.num_hidden_layers
-            self.tokens = max(1, free // token)
+        # a CPU likes forwards of one length
+        self.tokens = args.tokens or (fitting_tokens(self.model.config, self.params, self.dtype) if gpu else 1024)
         self.look_every = LOOK_EVERY if gpu else 1
         self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
         self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
@@ -185,6 +182,12 @@ class Run:
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
         self.config = make_config(self)
+
+
+def fitting_tokens(c: Config, params: list, dtype: torch.dtype) -> int:
+    """Tokens of a forward on a GPU: a layer keeps 20 to 32 d numbers a token, and at least a third stays free."""
+    free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in params)  # gradients, AdamW's two moments
+    return max(1, free // (48 * dtype.itemsize * c.hidden_size * c.num_hidden_layers))
 
 
 def build(args, d: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:

@@ -98,7 +98,7 @@ def run_all(args, theirs: list[str]) -> bool:
         split_plan(plan)
     if own := {"--resume", "--plan", "--seed"} & {word.partition("=")[0] for word in theirs}:
         raise InputError(f"{min(own)} is chosen for every run by --plans, --seeds and what is there already")
-    failed, todo = [], [(seed, name, plan) for seed in seeds for name in args.data.split(",") for plan in plans]
+    failed, todo = [], list(itertools.product(seeds, map(str.strip, args.data.split(",")), plans))
     for i, (seed, name, plan) in enumerate(todo, 1):
         place = Path(args.out) / f"{Path(name).name}-{train.slug(plan)}-s{seed}"
         print(f"\n[{i}/{len(todo)}] {place}", flush=True)
@@ -191,7 +191,7 @@ def setting(c: dict) -> str:
     usual |= {name: tuned[name] for name in ("lr", "dropout")}  # what is usual of these depends on --lora
     # a run may be older than a flag
     flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]
-    now = {k: getattr(train, k, getattr(data, k, v)) for k, v in c["constants"].items()}  # or than the constant's end
+    now = {k: getattr(train, k, getattr(data, k, v)) for k, v in c["constants"].items()}  # v: there is none today
     edited = [f"{k} = {v}" for k, v in c["constants"].items() if v != json.loads(json.dumps(now[k]))]
     source = [f"({c['base_source']})"] if c["base_source"] != c["base"] else []  # it may be another than its name says
     return " ".join([f"{Path(c['data']).name}, {Path(c['model']).name}", *source, *flags, *edited])
@@ -274,11 +274,11 @@ def mean_std(v: dict | None, form: str = ".4f") -> str:
     return "" if v is None else f"{v['mean']:{form}}" + (f" ± {v['std']:.4f}" if v["std"] is not None else "")
 
 
-def markdown(title: str, notes: list[str], n: int, rows: list[dict]) -> str:
+def markdown(made: dict) -> str:
     head = ["plan", "seeds", *COLUMNS, *(f"{name} - all-OR" for name in PAIRED)]
-    notes = "".join(f"; {note}" for note in notes)
-    lines = [f"## {title}\n\n{n:,} test windows{notes}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for r in rows:
+    title, notes = f"## {made['setting']}\n", "".join(f"; {note}" for note in made["notes"])
+    lines = [title, f"{made['n']:,} test windows{notes}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in made["rows"]:
         cells = [r["name"], ", ".join(map(str, r["seeds"]))]
         cells += [mean_std(r["metrics"].get(name)) for name in COLUMNS]
         for x in (r.get("difference", {}).get(name) for name in PAIRED):
@@ -304,7 +304,7 @@ def make_table(args):
                 raise InputError(f"{a['place']} and {b['place']} have one plan, seed and setting; move one away")
         runs, notes = sorted(runs, key=lambda r: r["seed"]), sorted({r["note"] for r in runs} - {""})
         made.append({"setting": title, "notes": notes, "n": len(runs[0]["nll"]), "rows": rows_of(runs, out)})
-    text = "\n\n".join([*(markdown(*m.values()) for m in made), NOTE])
+    text = "\n\n".join([*map(markdown, made), NOTE])
     name = f"table-seen-{least}-{most}" if args.seen else "table"
     (out / f"{name}.md").write_text(text + "\n", "utf-8")
     write_json(out / f"{name}.json", {"tables": made})
@@ -428,7 +428,8 @@ def show_curves(args):
     panels = {}
     for title in LEARNT:
         panels[title] = [(name, [m["step"] for m in log], [m[title] for m in log]) for name, log in logs.items()]
-    draw(args.plot, panels, len(LEARNT))
+    if args.plot:
+        draw(args.plot, panels, len(LEARNT))
 
 
 def draw(path: str, panels: dict[str, list], columns: int):
@@ -444,7 +445,9 @@ def draw(path: str, panels: dict[str, list], columns: int):
             ax.plot(x, y, ".-", label=label)
         ax.set_title(title, fontsize=8)
         ax.legend(fontsize=6)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=150)
+    path = Path(path).with_suffix(".png")
+    fig.savefig(path, dpi=150)
+    print(f"drawn into {path}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -474,7 +477,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--user", help="the same for the history of a user of the data")
     add = commands.add_parser("curves", help="loss and validation along the steps").add_argument
     add("--out", nargs="+", default=["out/ablate"], help="runs of train.py, or folders of such runs")
-    add("--plot", default="curves.png", help="png file to draw into (default: %(default)s)")
+    add("--plot", help="draw them into this png file")
     return p
 
 

@@ -362,16 +362,16 @@ def make_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
     add, whole = p.add_argument, number(int, 1)
     add("mode", choices=MODES)
-    add("--data", default="office", help="a preset or a folder (default: %(default)s)")
+    add("--data", default="beauty", help="a preset or a folder (default: %(default)s)")
     add("--model", default="smollm2-135m", help="smollm2-135m; tiny (random weights); or a Hugging Face Llama folder")
     add("--rounds", type=number(int, 2), default=4, help="of each side; the first warms up (default: %(default)s)")
     add("--users", type=whole, default=8, help="decode, cache: test users, one batch (default: %(default)s)")
     add("--beams", type=number(int, 2), nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
     add("--score", nargs="+", default=["trie", "full"], choices=("trie", "full"), help="decode (default: both)")
-    add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches")
-    add("--lora", type=number(int, 0), default=8, help="train: rank of the adapters; 0: full fine-tuning (default: 8)")
+    add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches; profile")
+    add("--lora", type=number(int, 0), default=8, help="train, profile: rank; 0: full fine-tuning (default: 8)")
     add("--tokens", type=number(int, 0), default=0,
-        help="train: in a forward, on both sides; 0: here as in train.py, there all at once")  # fmt: skip
+        help="train: in a forward, on both sides; 0: here as in train.py, there all at once; profile")  # fmt: skip
     add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="as in train.py")
     add("--compile", action="store_true", help="train, profile: our side, as in train.py")
     return p

@@ -115,7 +115,7 @@ def table_rows(path, text, _):
             yield table.line_num, row
     except csv.Error as e:
         where = f"{path}, line {table.reader.line_num}"
-        raise InputError(f"{where}: {e}; a text that begins with a quote must end with one") from None
+        raise InputError(f"{where}: {e}; does a text that begins with a quote end with one?") from None
 
 
 def find_columns(where, row, names, needed):
@@ -135,7 +135,7 @@ def plain(name):
 
 
 def bare(value):
-    return "" if value is None else str(value).strip()
+    return str(value).strip() if isinstance(value, (str, int, float)) else ""
 
 
 def clean(value):
@@ -206,6 +206,8 @@ def read_items(path, notes, given=NAMES, wanted=None):
             items[item] = {"title": title} | further
         elif items[item]["title"] != title:
             note(notes, "lines give an item another title; the first one stays", where)
+    if not row:
+        raise InputError(f"{path}: no line after the header")
     if column["title"] is None:
         find_columns(where, row, names, ["title"])
     return items

@@ -359,7 +359,8 @@ def test_what_a_recommendation_looks_at(runs, tmp_path, capsys):
     assert ablate.main(["attention", "--out", str(out), "--recommend", *titles, "--plot", str(png)])
     shown = capsys.readouterr().out
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert ablate.main(["attention", "--out", str(out), "--user", user]) and capsys.readouterr().out == shown
+    assert ablate.main(["attention", "--out", str(out), "--user", user])
+    assert capsys.readouterr().out + f"drawn into {png}\n" == shown
     best = r.top_k([titles])[0]
     assert f"recommended: {best['titles'][0]} (score {best['scores'][0]:.3f})" in shown
     example = data.Example(window.history, [(len(titles), r.d.ids.index(best["items"][0][0]))])
@@ -410,7 +411,7 @@ def test_curves(runs, monkeypatch, capsys):
     drawn, one = [], runs / "shop-OR-s0"
     with monkeypatch.context() as patch:
         patch.setattr(ablate, "draw", lambda path, panels, columns: drawn.append(panels))
-        assert ablate.main(["curves", "--out", str(runs)]) and ablate.main(["curves", "--out", str(one)])
+        assert all(ablate.main(["curves", "--out", str(out), "--plot", "x.png"]) for out in (runs, one))
     assert [[len(lines) for lines in panels.values()] for panels in drawn] == [[2] * 3, [1] * 3]
     log = read_lines(one / "metrics.jsonl")
     for name, ((label, x, y),) in drawn[1].items():
@@ -418,7 +419,9 @@ def test_curves(runs, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with refuses("pip install matplotlib"):
-        ablate.main(["curves", "--out", str(one)])
+        ablate.main(["curves", "--out", str(one), "--plot", "x.png"])
+    capsys.readouterr()
+    assert ablate.main(["curves", "--out", str(one)])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     best = int(newest(one, "best").name.removeprefix("best-"))  # the checkpoint that train.py saved
     for row, m in zip(rows, log, strict=True):

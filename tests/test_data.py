@@ -179,7 +179,7 @@ def test_ties_as_in_the_file_or_shuffled(tmp_path, monkeypatch):
 
 PUBLISHED = [
     "beauty: 22,332 users, 12,086 items, 46,908 / 5,863 / 5,864 train / valid / test windows; 31 more users have too "
-    "few items, see --core",
+    "few items (--core, --split)",
     "office: 4,895 users, 2,414 items, 15,400 / 1,925 / 1,925 train / valid / test windows",
     "books: 14,585 users, 6,342 items, 31,162 / 3,896 / 4,383 train / valid / test windows",
 ]
@@ -257,7 +257,7 @@ def test_the_worked_example():
     titles = ["ab", "abc", "ad", "xyz", "q", "q"]
     t = Trie([np.array([*map(ord, title), 0]) for title in titles])
     table = {line.split()[0]: line.split()[1:15] for line in Trie.__doc__.splitlines() if len(line.split()) > 14}
-    assert [*map(int, table["node"])] == list(range(t.n_nodes))
+    assert [*map(int, table["node"])] == list(range(len(t.parent)))
     for name in ("fan", "child", "stop"):
         array = getattr(t, name).tolist()
         assert [x for x in zip(table[name], map(str, array), strict=True) if x[0] not in ("-", x[1])] == [], name
@@ -296,7 +296,7 @@ def test_trie_by_brute_force(paths):
     stop = {p: number[p] for p in order}
     for p in reversed(order[1:]):
         stop[p] = stop[order[children[p][0]]] if len(children[p]) == 1 else number[p]
-    assert (trie.n_nodes, trie.n_leaves) == (len(order), len(titles))
+    assert (len(trie.parent), trie.n_leaves) == (len(order), len(titles))
     arrays = {
         "token": [p[-1] if p else 0 for p in order],
         "parent": [number[p[:-1]] for p in order],

@@ -163,7 +163,8 @@ BAD = [  # interactions, items, what the sentence names
     ('[{"user": "u",\n', "", ["r.csv, line 1", "JSON"]),
     (GOOD, "{'asin': 'a', 'title': 'open\n", ["i.csv, line 1", "JSON"]),
     (GOOD, "item,what\na,Pen\n", ["i.csv", "--title", "item, what"]),
-    (GOOD, "what,title\na,Pen\n", ["i.csv, line 2", "--item"]), (GOOD, "item,title\n", ["i.csv", "--title"]),
+    (GOOD, "what,title\na,Pen\n", ["i.csv, line 2", "--item"]), (GOOD, "item,title\n", ["i.csv", "header"]),
+    (GOOD, '{"item": "a", "title": ["Pen"]}\n', ["r.csv", "no interaction is left"]),
     (GOOD, "item,title\nb,Pen\n", ["r.csv", "no interaction is left", "r.csv, line 2"]),
     ("user,item,time\n", "item,title\na,Pen\n", ["r.csv", "it has none"]),
 ]  # fmt: skip

@@ -331,6 +331,8 @@ def test_wrong_files(flag, rows, parts, made, tmp_path, monkeypatch):
     ("--user nobody", ["--user nobody", "no such user"]),
     ("--user u1 --recommend x", ["--recommend", "not allowed with", "--user"]),
     ("--to x.tsv", ["--to", "--histories"]),
+    ("--user u1 --limit 1", ["--limit", "--user"]),
+    ("--histories all --split valid", ["--split", "--histories"]),
     ("--histories nowhere.tsv", ["nowhere.tsv"]),
     ("--catalogue .", ["cannot be read"])])  # fmt: skip
 def test_wrong_flags(flags, parts, made):
