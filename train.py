@@ -78,14 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--loss", default="msl", choices=("msl", "lml"),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
-    add("--max_steps", type=number(int, 1), default=2000, help="steps of the schedule (default: %(default)s)")
+    add("--max_steps", type=number(int, 1), default=4000, help="steps of the schedule (default: %(default)s)")
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
     add("--tokens", type=count, default=0, help="in a forward: fewer need less memory; 0: what fits a GPU; a CPU: 1024")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--eval_every", type=number(int, 1), default=500, help="steps between two validations, each with a checkpoint")
+    add("--eval_every", type=number(int, 1), default=1000, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what decides the result, where it is unusual")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")

@@ -186,6 +186,7 @@ def keep(args):
 def setting(c: dict) -> str:
     """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
     free = "data model plan seed out tokens compile resume".split()
+    free += ["max_steps"] * (c.get("epochs", 0) > 0)  # they decide
     flags = [f"--model={c['model']}", f"--lora={c['lora']}"]
     usual, tuned = (vars(train.resolve(train.make_parser().parse_args(some))) for some in (flags[:1], flags))
     usual |= {name: tuned[name] for name in ("lr", "dropout")}  # what is usual of these depends on --lora
