@@ -1,4 +1,4 @@
-"""A Llama, by hand: loads and saves Hugging Face Llama (and Qwen2) folders, and gives every layer its HatLLM mask.
+"""A Llama, by hand: loads and saves Hugging Face Llama, Qwen2 and Qwen3 folders, and gives every layer its mask.
 
 Shapes: B users, T tokens (Tq of them queries), d width, H heads, G query heads per key/value head, D head width,
 V vocabulary. Module names are those of the checkpoints, so a state dict needs no table of names. Equal to transformers'
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hatllm import InputError, Layout, parse_plan, shorten
 
+NAMES = dict(llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 FIXED = dict(  # keys of config.json that change the computation, and the one value known here
     hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, rope_interleaved=False,
@@ -90,7 +91,7 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # None or llama3's factor, low_freq_factor, high_freq_factor, ...
     tie_word_embeddings: bool = True
-    qkv_bias: bool = False  # Qwen2 has a bias on q, k, v
+    model_type: str = "llama"  # qwen2 has a bias on q, k, v; qwen3 a norm on q, k
     max_position_embeddings: int = 2048
     hatllm_plan: str = "OR"  # the plan it was trained with; transformers ignores it
 
@@ -102,10 +103,11 @@ class Config:
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
         found, fields = read_json(path), Config.__dataclass_fields__
         kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
-        refuse_others(path, found, FIXED | {"model_type": kind if kind in ("llama", "qwen2") else "llama or qwen2"})
+        refuse_others(path, found, FIXED | {"model_type": kind if kind in NAMES else " or ".join(NAMES)})
         own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
+        own |= {"head_dim": 128} if kind == "qwen3" else {}  # where it is not given
         own |= {key: found[key] for key in fields if found.get(key) is not None}
-        own |= read_rope(path, found) | {"qkv_bias": kind == "qwen2"}
+        own |= read_rope(path, found) | {"model_type": kind}
         own["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
         for key, field in fields.items():
             if key != "rope_scaling" and (key in own or field.default is MISSING):
@@ -118,9 +120,7 @@ class Config:
         return c
 
     def to_json(self) -> dict:
-        c = {k: v for k, v in asdict(self).items() if k != "qkv_bias"}
-        name, kind = ("Qwen2ForCausalLM", "qwen2") if self.qkv_bias else ("LlamaForCausalLM", "llama")
-        return c | {"architectures": [name], "model_type": kind, "hidden_act": "silu"}
+        return asdict(self) | {"architectures": [NAMES[self.model_type]], "hidden_act": "silu"}
 
 
 def read_rope(path: Path, found: dict) -> dict:
@@ -201,10 +201,12 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         d, H, Hkv, self.D = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(d, H * self.D, bias=c.qkv_bias)
-        self.k_proj = Linear(d, Hkv * self.D, bias=c.qkv_bias)
-        self.v_proj = Linear(d, Hkv * self.D, bias=c.qkv_bias)
+        bias, norm = c.model_type == "qwen2", c.model_type == "qwen3"
+        self.q_proj = Linear(d, H * self.D, bias=bias)
+        self.k_proj = Linear(d, Hkv * self.D, bias=bias)
+        self.v_proj = Linear(d, Hkv * self.D, bias=bias)
         self.o_proj = Linear(H * self.D, d, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(self.D, c.rms_norm_eps) if norm else nn.Identity() for _ in "qk")
 
     def qkv(self, x: Tensor, cos_sin, real: Tensor | None = None) -> list[Tensor]:
         """x (B, T, d), or (F, d) of the tokens real (F,) of B * T -> q, k, v (B, heads, T, D), else 0."""
@@ -213,7 +215,7 @@ class Attention(nn.Module):
         if real is not None:
             flat = [y.new_zeros(B * T, y.shape[1]).index_copy(0, real, y) for y in flat]
         q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in flat)
-        return [rotate(q, cos_sin), rotate(k, cos_sin), v]
+        return [rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin), v]
 
     def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int, real=None) -> Tensor:
         """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask (B, 1, G * Tq, T) is

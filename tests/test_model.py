@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_hatllm import as_layout, may_look, random_layout
 from tokenizers import Tokenizer
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from eval import frozen
 from hatllm import KINDS, TARGET, Layout, is_last, layout, needed
@@ -28,10 +28,9 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 TOKENS = torch.randint(VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
 
 
-def write_hf(folder, qwen2=False, shard="1GB", **changes) -> torch.nn.Module:
+def write_hf(folder, kind="llama", shard="1GB", **changes) -> torch.nn.Module:
     """A folder as transformers writes it, with spread-out weights, and the model in it."""
-    cls, config = (Qwen2ForCausalLM, Qwen2Config) if qwen2 else (LlamaForCausalLM, LlamaConfig)
-    model = spread(cls(config(**TINY | changes))).eval()
+    model = spread(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | changes))).eval()
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
@@ -90,8 +89,10 @@ FAMILIES = {
     "theta": dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)),
     "llama3": SPREAD_HEADS | dict(rope_parameters=LLAMA3 | dict(rope_theta=10000.0), max_position_embeddings=256),
     "sharded": dict(shard="20KB"),
-    "qwen2": dict(qwen2=True),
-    "qwen2 tied": dict(qwen2=True, tie_word_embeddings=True),
+    "qwen2": dict(kind="qwen2"),
+    "qwen2 tied": dict(kind="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(kind="qwen3", head_dim=8),
+    "qwen3 tied": dict(kind="qwen3", tie_word_embeddings=True) | SPREAD_HEADS,
 }
 
 
@@ -130,6 +131,8 @@ def test_absent_or_null_keys_mean_what_they_mean_to_transformers(folder):
     for null in ({}, dict.fromkeys(keys[:2])):
         edit(file, remove=set(keys) - set(null), **null)
         assert all(getattr(Config.read(file), k) == getattr(LlamaConfig.from_pretrained(folder), k) for k in keys)
+    edit(file, remove=["head_dim"], model_type="qwen3", num_key_value_heads=2)
+    assert Config.read(file).head_dim == AutoConfig.from_pretrained(folder).head_dim == 128
 
 
 @pytest.mark.parametrize("stored", ["equal", "different", "head alone"])
@@ -151,6 +154,8 @@ PUBLISHED = {
     | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "torch_dtype": "bfloat16"},
     "qwen2.5": dict(model_type="qwen2", max_window_layers=24, sliding_window=32768, use_sliding_window=False)
     | dict(use_mrope=False, rope_theta=1000000.0),
+    "qwen3": dict(model_type="qwen3", max_window_layers=28, sliding_window=None, use_sliding_window=False)
+    | dict(attention_dropout=0.0, head_dim=128, rope_theta=1000000),
 }
 
 
@@ -158,7 +163,8 @@ PUBLISHED = {
 def test_published_configs_are_read(folder, family):
     edit(folder / "config.json", remove=["rope_parameters"], **PUBLISHED[family])
     c = Config.read(folder / "config.json")
-    assert (c.rope_theta, c.qkv_bias) == (PUBLISHED[family]["rope_theta"], family == "qwen2.5")
+    expected = {"model_type": "llama"} | PUBLISHED[family]
+    assert (c.rope_theta, c.model_type) == (expected["rope_theta"], expected["model_type"])
 
 
 def test_smollm2_equals_transformers():
@@ -430,10 +436,10 @@ def test_dropout_is_on_the_input_of_a():
     assert_close(m.eval()(x), base(x) + x @ m.lora_A.weight.T @ m.lora_B.weight.T * 4)
 
 
-@pytest.mark.parametrize("qwen2", [False, True])
-def test_merge(tmp_path, qwen2):
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_merge(tmp_path, kind):
     """Merged equals unmerged, biases too, and it is what transformers reads; unmerged ones are not lost silently."""
-    write_hf(base := tmp_path / "base", qwen2)
+    write_hf(base := tmp_path / "base", kind)
     model = adapted(base)
     want = logits(model)
     with pytest.raises(ValueError, match="adapters would be lost"):
