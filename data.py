@@ -336,7 +336,7 @@ class Trie:
     leaf: Tensor  # (nodes,) the first leaf below (or at) the node
     leaves: Tensor  # (nodes,) how many they are: leaf .. leaf + leaves - 1
     stop: Tensor  # (nodes,) the next node below (or at) which titles part, or the leaf's node where there is one title
-    start: Tensor  # (leaves + 1,) a leaf's path is start[leaf] .. start[leaf + 1] - 1 in the next
+    start: Tensor  # (leaves + 1,) a leaf's path is path_node[start[leaf] : start[leaf + 1]]
     path_node: Tensor  # (tokens of all leaves,)
     leaf_of_item: Tensor  # (items,) -1 for an item that is no candidate
 

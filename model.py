@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatllm import InputError, Layout, parse_plan, shorten
 
-NAMES = dict(llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
+CLASSES = dict(llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 FIXED = dict(  # keys of config.json that change the computation, and the one value known here
     hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False, rope_interleaved=False,
@@ -103,7 +103,7 @@ class Config:
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
         found, fields = read_json(path), Config.__dataclass_fields__
         kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
-        refuse_others(path, found, FIXED | {"model_type": kind if kind in NAMES else " or ".join(NAMES)})
+        refuse_others(path, found, FIXED | {"model_type": kind if kind in CLASSES else " or ".join(CLASSES)})
         own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
         own |= {"head_dim": 128} if kind == "qwen3" else {}  # where it is not given
         own |= {key: found[key] for key in fields if found.get(key) is not None}
@@ -120,7 +120,7 @@ class Config:
         return c
 
     def to_json(self) -> dict:
-        return asdict(self) | {"architectures": [NAMES[self.model_type]], "hidden_act": "silu"}
+        return asdict(self) | {"architectures": [CLASSES[self.model_type]], "hidden_act": "silu"}
 
 
 def read_rope(path: Path, found: dict) -> dict:
