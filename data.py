@@ -586,11 +586,11 @@ def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
     return torch.from_numpy(out)
 
 
-def pack(coded: list[dict]) -> list[dict]:
-    """Encoded examples one after the other, in rows no longer than the longest of them: each, longest first, stands in
+def pack(coded: list[dict], width: int) -> list[dict]:
+    """Encoded examples one after the other, in rows no longer than width, or the longest of them: each, longest first, stands in
     the first row that has room. Else a third or more of what a GPU computes would be padding. start: see layout."""
     coded = sorted(coded, key=lambda c: -len(c["tokens"]))
-    width, rows, filled = len(coded[0]["tokens"]), [], []  # rows: the examples of each; filled: their tokens
+    width, rows, filled = max(width, len(coded[0]["tokens"])), [], []  # rows: the examples of each; filled: their tokens
     for c in coded:
         n = len(c["tokens"])
         b = next((b for b, there in enumerate(filled) if there + n <= width), len(rows))
@@ -615,7 +615,7 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
     M = int(cat.trie.fan[cat.trie.parent[following]].sum())
-    return Batch(tokens, item, branch, fork, start, needed(item), rows, following, M)
+    return Batch(tokens, item, branch, fork, start, needed(item, multiple), rows, following, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 class InputError(ValueError):
@@ -87,6 +88,14 @@ class Layout:
             self.masks[key] = M.repeat(1, 1, G, 1)
         return self.masks[key]
 
+    def block_mask(self, kind: str) -> BlockMask:
+        """The same for a GPU's kernel, which leaves out every 128 x 128 tokens of which none sees another."""
+        if kind not in self.masks:
+            seen = mask(kind, self.item, self.sees)
+            size = len(seen), None, *seen.shape[1:]
+            self.masks[kind] = create_block_mask(lambda b, h, q, k: seen[b, q, k], *size, device=seen.device)
+        return self.masks[kind]
+
 
 def mask(kind: str, item: Tensor, sees: Tensor) -> Tensor:
     """The method. item (B, T), sees (B, Tq, T) with the queries last -> (B, Tq, T) bool, `sees` less what `kind` hides.
@@ -121,11 +130,12 @@ def is_last(item: Tensor) -> Tensor:
     return F.pad(item[:, 1:] != item[:, :-1], (0, 1), value=True)
 
 
-def needed(item: Tensor) -> Tensor:
+def needed(item: Tensor, multiple: int = 1) -> Tensor:
     """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come."""
     kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
     n = kept.sum(1, keepdim=True)
-    places = torch.argsort(~kept, dim=1, stable=True)[:, : int(n.max())]
+    S = -(-int(n.max()) // multiple) * multiple
+    places = torch.argsort(~kept, dim=1, stable=True)[:, :S]
     return torch.where(torch.arange(places.shape[1], device=item.device) < n, places, -1)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hatllm import InputError, Layout, parse_plan, shorten
 
@@ -178,8 +179,19 @@ class Cache:
         return k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D) + mask) v: q (B, heads, n, D); k, v (B, heads, T, D); mask (B, 1, n, T), 0 or -inf."""
+FLEX = torch.compile(flex_attention)  # compiled at its first call; with dynamic=True it takes 5 times as long
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
+    """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, Hkv, T, D) -> (B, H, Tq, D). mask: see Layout."""
+    if isinstance(mask, BlockMask):
+        return FLEX(q, k, v, block_mask=mask, enable_gqa=True)
+    # the G heads that share a key stand one after the other as more queries, so that K and V are never copied
+    return attend_dense(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask).reshape(q.shape)
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same of q (B, Hkv, G * Tq, D), mask (B, 1, G * Tq, T), 0 or -inf."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's kernel takes twice as long as this
         return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -217,18 +229,13 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in flat)
         return [rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin), v]
 
-    def forward(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, layer: int, real=None) -> Tensor:
-        """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask (B, 1, G * Tq, T) is
-        added to the scores. The cache may lack the first tokens if the new ones see none of them in this layer."""
+    def forward(self, x: Tensor, cos_sin, mask: Tensor | BlockMask, cache: Cache | None, layer: int, real=None) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask: see Layout. The cache may lack the first tokens if the new ones see none of them in this layer."""
         q, k, v = self.qkv(x, cos_sin, real)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
             mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
-        B, H, Tq, D = q.shape
-        # (B, H, Tq, D) -> (B, Hkv, G Tq, D): the G heads that share a key stand one after the other as more queries, so
-        # that K and V are never copied. The mask is repeated G times.
-        y = attend(q.reshape(B, k.shape[1], -1, D), k, v, mask)
-        y = y.reshape(B, H, Tq, D).transpose(1, 2).flatten(2)
+        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         return self.o_proj(y if real is None else y.flatten(0, 1)[real])
 
 
@@ -257,7 +264,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on. With
         layout.real (F, d) -> (F, d)."""
-        mask = layout.additive_mask(self.kind, self.G, x.dtype)  # all of HatLLM: what this layer's tokens may look at
+        # all of HatLLM: what this layer's tokens may look at
+        if x.is_cuda and torch.is_grad_enabled() and self.self_attn.D >= 16:
+            mask = layout.block_mask(self.kind)
+        else:
+            mask = layout.additive_mask(self.kind, self.G, x.dtype)
         compute = (torch.is_grad_enabled() and self.compiled) or self.compute
         return compute(x, cos_sin, mask, cache, rows, layout.real)
 

@@ -54,6 +54,7 @@ BETAS = [0.9, 0.999]  # of AdamW: the second lets rare tokens move further than 
 WEIGHT_DECAY = 0.01  # on matrices
 CLIP = 1.0  # norm of the gradient at most
 VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
+ROW = 1024  # tokens in a row on a GPU, of one text or more
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which then has to be waited for
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1)
 
@@ -162,7 +163,7 @@ class Run:
         self.model, self.tokenizer, self.base = build(args, self.d, self.device, self.dtype)
         self.model.dtype = self.dtype
         for block in self.model.layers if args.compile else ():
-            block.compiled = torch.compile(block.compute, dynamic=True)
+            block.compiled = torch.compile(block.compute)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.trie, self.coded = self.cat.trie.to(self.device), {}
@@ -177,7 +178,7 @@ class Run:
         self.tokens = args.tokens or (fitting_tokens(self.model.config, self.params, self.dtype) if gpu else 1024)
         self.look_every = LOOK_EVERY if gpu else 1
         self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
-        self.multiple = 64 if args.compile else 8 if gpu else 1  # tokens in a row: few shapes, aligned masks
+        self.row = ROW if gpu else 64 if args.compile else 1  # tokens in a row: a multiple of it, for few shapes
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
@@ -262,10 +263,10 @@ def get_batch(run: Run, step: int) -> Step:
 def make_step(run: Run, coded: list[dict], scale: float) -> Step:
     """Forwards of at most run.tokens tokens, longest first."""
     n = sum(len(c["tokens"]) for c in coded)
-    coded = data.pack(coded) if run.pack else coded
-    size = [-(-len(c["tokens"]) // run.multiple) * run.multiple for c in coded]
+    coded = data.pack(coded, run.row) if run.pack else coded
+    size = [-(-len(c["tokens"]) // run.row) * run.row for c in coded]
     parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
-    return Step([data.collate(run.cat, part, run.multiple).to(run.device) for part in parts], scale, n)
+    return Step([data.collate(run.cat, part, run.row).to(run.device) for part in parts], scale, n)
 
 
 def loss_of(run: Run, b: Batch) -> Tensor:
