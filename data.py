@@ -549,6 +549,17 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}
 
 
+def longest(cat: Catalogue, examples: list[Example]) -> int:
+    """Tokens of the longest example; under trie_only it may be shorter."""
+    shown, written = ([len(t) for t in texts] for texts in (cat.texts, cat.titles))
+    start, gap, head = len(cat.bos) + len(cat.instruction), len(cat.separator), len(cat.header)
+
+    def size(e: Example) -> int:
+        return sum(shown[i] + gap for i in e.history) + sum(written[i] + head for _, i in e.targets)
+
+    return start - gap + max(map(size, examples))
+
+
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:
     """Title tokens to predict, end tokens and those that have no row included: what a loss is a mean of."""
     return sum(len(cat.titles[target]) + 1 for e in examples for _, target in e.targets)
@@ -587,10 +598,12 @@ def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
 
 
 def pack(coded: list[dict], width: int) -> list[dict]:
-    """Encoded examples one after the other, in rows no longer than width, or the longest of them: each, longest first, stands in
-    the first row that has room. Else a third or more of what a GPU computes would be padding. start: see layout."""
+    """Encoded examples one after the other, in rows no longer than width or the longest of them: each, longest first,
+    stands in the first row that has room. Else a third or more of what a GPU computes would be padding. start: see
+    layout."""
     coded = sorted(coded, key=lambda c: -len(c["tokens"]))
-    width, rows, filled = max(width, len(coded[0]["tokens"])), [], []  # rows: the examples of each; filled: their tokens
+    width = max(width, len(coded[0]["tokens"]))
+    rows, filled = [], []  # the examples of each row; their tokens
     for c in coded:
         n = len(c["tokens"])
         b = next((b for b, there in enumerate(filled) if there + n <= width), len(rows))
@@ -615,7 +628,7 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
     M = int(cat.trie.fan[cat.trie.parent[following]].sum())
-    return Batch(tokens, item, branch, fork, start, needed(item, multiple), rows, following, M)
+    return Batch(tokens, item, branch, fork, start, needed(item, -(-multiple // 4)), rows, following, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

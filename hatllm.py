@@ -131,7 +131,8 @@ def is_last(item: Tensor) -> Tensor:
 
 
 def needed(item: Tensor, multiple: int = 1) -> Tensor:
-    """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come."""
+    """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come. S is
+    rounded up to a multiple."""
     kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
     n = kept.sum(1, keepdim=True)
     S = -(-int(n.max()) // multiple) * multiple

@@ -179,22 +179,20 @@ class Cache:
         return k, v
 
 
-FLEX = torch.compile(flex_attention)  # compiled at its first call; with dynamic=True it takes 5 times as long
+FLEX = torch.compile(flex_attention)  # at its first call; with dynamic=True it takes four times as long
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
-    """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, Hkv, T, D) -> (B, H, Tq, D). mask: see Layout."""
+    """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, H / G, T, D) -> (B, H, Tq, D). mask: see Layout."""
     if isinstance(mask, BlockMask):
         return FLEX(q, k, v, block_mask=mask, enable_gqa=True)
     # the G heads that share a key stand one after the other as more queries, so that K and V are never copied
-    return attend_dense(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask).reshape(q.shape)
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same of q (B, Hkv, G * Tq, D), mask (B, 1, G * Tq, T), 0 or -inf."""
+    x = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H / G, G * Tq, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's kernel takes twice as long as this
-        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = (x * x.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+    return y.reshape(q.shape)
 
 
 class Linear(nn.Linear):
@@ -229,8 +227,9 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in flat)
         return [rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin), v]
 
-    def forward(self, x: Tensor, cos_sin, mask: Tensor | BlockMask, cache: Cache | None, layer: int, real=None) -> Tensor:
-        """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask: see Layout. The cache may lack the first tokens if the new ones see none of them in this layer."""
+    def forward(self, x: Tensor, cos_sin, mask, cache: Cache | None, layer: int, real=None) -> Tensor:
+        """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask: one of Layout's two.
+        The cache may lack the first tokens if the new ones see none of them in this layer."""
         q, k, v = self.qkv(x, cos_sin, real)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -264,15 +263,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on. With
         layout.real (F, d) -> (F, d)."""
+        blocks = x.is_cuda and torch.is_grad_enabled() and self.self_attn.D >= 16  # what the kernel for blocks can do
         # all of HatLLM: what this layer's tokens may look at
-        if x.is_cuda and torch.is_grad_enabled() and self.self_attn.D >= 16:
-            mask = layout.block_mask(self.kind)
-        else:
-            mask = layout.additive_mask(self.kind, self.G, x.dtype)
+        mask = layout.block_mask(self.kind) if blocks else layout.additive_mask(self.kind, self.G, x.dtype)
         compute = (torch.is_grad_enabled() and self.compiled) or self.compute
         return compute(x, cos_sin, mask, cache, rows, layout.real)
 
-    def compute(self, x: Tensor, cos_sin, mask: Tensor, cache: Cache | None, rows: Tensor | None, real=None) -> Tensor:
+    def compute(self, x: Tensor, cos_sin, mask, cache: Cache | None, rows: Tensor | None, real=None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, self.layer, real))
         x = x if rows is None else x.flatten(0, 1)[rows]
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))

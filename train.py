@@ -178,7 +178,9 @@ class Run:
         self.tokens = args.tokens or (fitting_tokens(self.model.config, self.params, self.dtype) if gpu else 1024)
         self.look_every = LOOK_EVERY if gpu else 1
         self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
-        self.row = ROW if gpu else 64 if args.compile else 1  # tokens in a row: a multiple of it, for few shapes
+        self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
+        if gpu:  # all rows are that long: a kernel for any length takes four times as long
+            self.row = max(ROW, -(-data.longest(self.cat, self.pool) // 128) * 128)
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
@@ -223,7 +225,7 @@ def make_config(run: Run) -> dict:
     """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
     named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
     constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
-    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS"):  # another value trains no other model
+    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS", "ROW"):  # another value trains no other model
         del constants[name]
     source = Path(run.base) / "source.json"
     origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base

@@ -146,6 +146,26 @@ def test_additive_mask_is_0_or_minus_infinity_for_every_kind_heads_and_type():
     assert lay.additive_mask("IN", 3, torch.float32) is lay.additive_mask("IN", 3, torch.float32), "built once"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_mask_is_the_mask(kind):
+    """Token by token, and blocks that are left out hold nothing; rows of several texts, that end within a block."""
+    rng = random.Random(0)
+    texts = [[prompt(rng, 5) for _ in range(14)] for _ in range(2)]
+    rows = [sum(row, []) for row in texts]
+    start = [[sum(map(len, row[:i])) for i, text in enumerate(row) for _ in text] for row in texts]
+    T = max(map(len, rows))
+    assert 128 < T and T % 128
+    item = torch.tensor([row + [-1] * (T - len(row)) for row in rows])
+    lay = layout(item, start=torch.tensor([row + [0] * (T - len(row)) for row in start]))
+    found, seen = lay.block_mask(kind), mask(kind, lay.item, lay.sees)
+    at = torch.arange(T)
+    assert torch.equal(found.mask_mod(torch.arange(2)[:, None, None], 0, at[:, None], at), seen)
+    n = -(-T // 128)
+    whole = torch.zeros(2, n * 128, n * 128, dtype=torch.bool)
+    whole[:, :T, :T] = seen
+    assert torch.equal(found.to_dense()[:, 0].bool(), whole.view(2, n, 128, n, 128).any(4).any(2))
+
+
 def test_drawing():
     """README's picture: whoever changes a rule changes it too."""
     shown = (REPO / "README.md").read_text("utf-8")

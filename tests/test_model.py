@@ -10,6 +10,7 @@ from conftest import PLANS, VOCAB, refuses, spread, tiny_config, tiny_model, wei
 from safetensors.torch import load_file, save_file
 from test_hatllm import as_layout, may_look, random_layout
 from tokenizers import Tokenizer
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -526,6 +527,15 @@ def test_attention_in_bfloat16_is_that_of_float32(kind):
         y = attend(*args, mask.to(dtype))
         found.append([x.float() for x in (y, *torch.autograd.grad(y, args, g.to(dtype)))])
     assert_close(*found, atol=0.06, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_a_gpu(kind, monkeypatch):
+    """What attends to blocks is given the heads and the mask as what attends to all; tests/test_cuda.py compiles it."""
+    monkeypatch.setattr("model.FLEX", flex_attention)
+    lay = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]]))
+    q, k, v = torch.randn(2, 6, 7, 16), *torch.randn(2, 2, 3, 7, 16)
+    assert_close(attend(q, k, v, lay.block_mask(kind)), attend(q, k, v, lay.additive_mask(kind, 2, q.dtype)))
 
 
 def test_bf16(hf_folder):

@@ -527,7 +527,8 @@ def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, pack, shop, monke
     micro-batch."""
     monkeypatch.setattr(train, "TAU", tau)
     r = make_run(shop, tokens=100, **flags)
-    r.pack, short = pack, [Example(e.history[:1], [(1, e.targets[0][1])]) for e in r.pool[2:4]]
+    r.pack, r.row = pack, 64 if pack else 1
+    short = [Example(e.history[:1], [(1, e.targets[0][1])]) for e in r.pool[2:4]]
     some = [*r.pool[:4], *short]
     total, n = brute_force(r, some)
     want = torch.autograd.grad(total / n, r.params)
