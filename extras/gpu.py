@@ -38,13 +38,13 @@ SHAPES = {  # of random weights
     "random-toy": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=4352),
 }  # fmt: skip
-CARD = {  # flags that fill a card of 80 GB
-    "train random-135m": "--batch 256 --tokens 32768 --rounds 3",
-    "train random-1b": "--batch 64 --tokens 4096 --rounds 3",
+CARD = {  # flags that fill a card of 80 GB; in the first two rounds kernels are compiled
+    "train random-135m": "--batch 256 --tokens 32768 --rounds 5",
+    "train random-1b": "--batch 64 --tokens 4096 --rounds 5",
     "decode random-135m": "--users 16 --beams 20 --score trie --rounds 2",
     "decode random-1b": "--users 8 --beams 20 --score trie --rounds 2",
     "profile": "--dtype auto --lora 0 --batch 256",
-    "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 8 --eval_every 66",
+    "plans": "--lora 0 --targets all --batch 128 --lr 3e-4 --epochs 8 --eval_every 132",
 }
 TOY = {  # flags that take no time
     "train random-toy": "--batch 4 --tokens 512 --rounds 2",
@@ -69,14 +69,15 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     ]
     for shape, folder in models.items():
         same, name = ["--data", args.data, "--model", folder], folder.name
-        out.append((f"profile {name}", 120, ["extras.bench", "profile", *same, *flags["profile"]]))
+        profile = ["extras.bench", "profile", *same, *flags["profile"]]
+        out.append((f"profile {name}", 120, profile))
+        if not args.toy:  # a CPU would compile for minutes
+            out.append((f"profile {name}, compiled", 180, [*profile, "--compile"]))
         same += ["--dtype", "float32" if args.toy else "bfloat16"]
         for kind, rank in (("LoRA", 8), ("full", 0)):
             command = ["extras.bench", "train", *same, *flags[f"train {shape}"], "--lora", rank]
             out.append((f"train {name}, {kind}", 120, command))
         out.append((f"decode {name}", 180, ["extras.bench", "decode", *same, *flags[f"decode {shape}"]]))
-    if not args.toy:  # a CPU would compile for minutes
-        out.append(("profile, compiled", 180, ["extras.bench", "profile", *own, *flags["profile"], "--compile"]))
     same = ["--data", args.data, "--model", first if real or args.toy else "tiny", "--plans", f"OR;IN:1/4 OR;{PLAN}"]
     same += ["--core", 10, "--split", "loo"] if args.data == "beauty" else []  # small enough for many passes
     same += ["--out", Path(args.out) / "ablate", *flags["plans"]]
