@@ -5,6 +5,7 @@ V vocabulary. Module names are those of the checkpoints, so a state dict needs n
 LlamaForCausalLM within 1e-5 in fp32 (tests/test_model.py).
 """
 
+import functools
 import json
 import math
 import os
@@ -179,13 +180,19 @@ class Cache:
         return k, v
 
 
-FLEX = torch.compile(flex_attention)  # at its first call; with dynamic=True it takes four times as long
+@functools.cache
+def compiled_flex():
+    """FlexAttention, compiled when it is first called: importing the compiler takes seconds."""
+    compiled = torch.compile(flex_attention)  # dynamic=True: one kernel for all sizes, a quarter as fast
+    torch._dynamo.config.recompile_limit = 64  # kinds of sizes; for further ones it would not be compiled
+    return compiled
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
     """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, H / G, T, D) -> (B, H, Tq, D). mask: see Layout."""
     if isinstance(mask, BlockMask):
-        return FLEX(q, k, v, block_mask=mask, enable_gqa=True)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        return flex(q, k, v, block_mask=mask, enable_gqa=True)
     # the G heads that share a key stand one after the other as more queries, so that K and V are never copied
     x = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H / G, G * Tq, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's kernel takes twice as long as this

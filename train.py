@@ -162,8 +162,9 @@ class Run:
         self.d = data.load(args.data, args.split, args.core, args.columns)
         self.model, self.tokenizer, self.base = build(args, self.d, self.device, self.dtype)
         self.model.dtype = self.dtype
-        for block in self.model.layers if args.compile else ():
-            block.compiled = torch.compile(block.compute)
+        gpu = self.device.type == "cuda"
+        for block in self.model.layers if args.compile else ():  # a CPU has rows of many lengths
+            block.compiled = torch.compile(block.compute, dynamic=None if gpu else True)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.trie, self.coded = self.cat.trie.to(self.device), {}
@@ -173,7 +174,6 @@ class Run:
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        gpu = self.device.type == "cuda"
         # a CPU likes forwards of one length
         self.tokens = args.tokens or (fitting_tokens(self.model.config, self.params, self.dtype) if gpu else 1024)
         self.look_every = LOOK_EVERY if gpu else 1

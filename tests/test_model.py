@@ -532,7 +532,7 @@ def test_attention_in_bfloat16_is_that_of_float32(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_of_a_gpu(kind, monkeypatch):
     """What attends to blocks is given the heads and the mask as what attends to all; tests/test_cuda.py compiles it."""
-    monkeypatch.setattr("model.FLEX", flex_attention)
+    monkeypatch.setattr("model.compiled_flex", lambda: flex_attention)
     lay = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]]))
     q, k, v = torch.randn(2, 6, 7, 16), *torch.randn(2, 2, 3, 7, 16)
     assert_close(attend(q, k, v, lay.block_mask(kind)), attend(q, k, v, lay.additive_mask(kind, 2, q.dtype)))
