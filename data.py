@@ -550,7 +550,7 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
 
 
 def longest(cat: Catalogue, examples: list[Example]) -> int:
-    """Tokens of the longest example; under trie_only it may be shorter."""
+    """An upper bound of an example's tokens: those of the longest, before trie_only leaves some out."""
     shown, written = ([len(t) for t in texts] for texts in (cat.texts, cat.titles))
     start, gap, head = len(cat.bos) + len(cat.instruction), len(cat.separator), len(cat.header)
 
@@ -622,13 +622,13 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     column = {name: [c[name] for c in coded] for name in coded[0]}
     tokens, branch, fork = (pad(column[x], 0, multiple) for x in ("tokens", "branch", "fork"))
     item = pad(column["item"], -1, multiple)
-    start = pad(column["start"], 0, multiple) if "start" in column else None
+    start = pad(column["start"], tokens.shape[1], multiple) if "start" in column else None  # padding sees nothing
     if not branch.any():
         branch = fork = None
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
     M = int(cat.trie.fan[cat.trie.parent[following]].sum())
-    return Batch(tokens, item, branch, fork, start, needed(item, -(-multiple // 4)), rows, following, M)
+    return Batch(tokens, item, branch, fork, start, needed(item, min(multiple, 256)), rows, following, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,6 +94,7 @@ class Layout:
             seen = mask(kind, self.item, self.sees)
             size = len(seen), None, *seen.shape[1:]
             self.masks[kind] = create_block_mask(lambda b, h, q, k: seen[b, q, k], *size, device=seen.device)
+            vary(seen, *self.masks[kind].as_tuple())
         return self.masks[kind]
 
 
@@ -132,7 +133,7 @@ def is_last(item: Tensor) -> Tensor:
 
 def needed(item: Tensor, multiple: int = 1) -> Tensor:
     """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come. S is
-    rounded up to a multiple."""
+    rounded up to a multiple, as far as T."""
     kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
     n = kept.sum(1, keepdim=True)
     S = -(-int(n.max()) // multiple) * multiple
@@ -182,6 +183,15 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         pos = torch.where(branch > 0, fork + own, at)
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
     return Layout(item, pos, sees, places)
+
+
+def vary(*found):
+    """For torch.compile: other calls have other numbers of rows, the first size of these tensors. With dynamic=False it
+    takes all other sizes as given, and FlexAttention is several times as fast where the length of rows is."""
+    torch._dynamo.config.recompile_limit = 64  # such sizes; what is called with further ones would not be compiled
+    for t in found:
+        if isinstance(t, Tensor):
+            torch._dynamo.maybe_mark_dynamic(t, 0)
 
 
 # --- python hatllm.py: the masks of a small example -----------------------------------------------------------------

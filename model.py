@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hatllm import InputError, Layout, parse_plan, shorten
+from hatllm import InputError, Layout, parse_plan, shorten, vary
 
 CLASSES = dict(llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -183,16 +183,16 @@ class Cache:
 @functools.cache
 def compiled_flex():
     """FlexAttention, compiled when it is first called: importing the compiler takes seconds."""
-    compiled = torch.compile(flex_attention)  # dynamic=True: one kernel for all sizes, a quarter as fast
-    torch._dynamo.config.recompile_limit = 64  # kinds of sizes; for further ones it would not be compiled
-    return compiled
+    return torch.compile(flex_attention, dynamic=False)  # see hatllm.vary
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
     """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, H / G, T, D) -> (B, H, Tq, D). mask: see Layout."""
     if isinstance(mask, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
-        return flex(q, k, v, block_mask=mask, enable_gqa=True)
+        if torch.compiler.is_compiling():
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        vary(q, k, v)
+        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
     # the G heads that share a key stand one after the other as more queries, so that K and V are never copied
     x = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H / G, G * Tq, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's kernel takes twice as long as this
@@ -270,11 +270,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos_sin, layout: Layout, cache: Cache | None = None, rows: Tensor | None = None):
         """x (B, Tq, d) -> (B, Tq, d), or (R, d) of the tokens rows (R,) of x.flatten(0, 1), which alone go on. With
         layout.real (F, d) -> (F, d)."""
-        blocks = x.is_cuda and torch.is_grad_enabled() and self.self_attn.D >= 16  # what the kernel for blocks can do
+        learns = torch.is_grad_enabled() and cache is None
         # all of HatLLM: what this layer's tokens may look at
-        mask = layout.block_mask(self.kind) if blocks else layout.additive_mask(self.kind, self.G, x.dtype)
-        compute = (torch.is_grad_enabled() and self.compiled) or self.compute
-        return compute(x, cos_sin, mask, cache, rows, layout.real)
+        if x.is_cuda and learns and self.self_attn.D >= 16:  # what FlexAttention can do
+            mask = layout.block_mask(self.kind)
+        else:
+            mask = layout.additive_mask(self.kind, self.G, x.dtype)
+        if learns and self.compiled:
+            vary(x, *cos_sin, rows)
+            return self.compiled(x, cos_sin, mask, cache, rows, layout.real)
+        return self.compute(x, cos_sin, mask, cache, rows, layout.real)
 
     def compute(self, x: Tensor, cos_sin, mask, cache: Cache | None, rows: Tensor | None, real=None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos_sin, mask, cache, self.layer, real))

@@ -163,8 +163,10 @@ class Run:
         self.model, self.tokenizer, self.base = build(args, self.d, self.device, self.dtype)
         self.model.dtype = self.dtype
         gpu = self.device.type == "cuda"
+        if args.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would cut the blocks in pieces, and fail
         for block in self.model.layers if args.compile else ():  # a CPU has rows of many lengths
-            block.compiled = torch.compile(block.compute, dynamic=None if gpu else True)
+            block.compiled = torch.compile(block.compute, dynamic=not gpu)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.trie, self.coded = self.cat.trie.to(self.device), {}
@@ -179,8 +181,9 @@ class Run:
         self.look_every = LOOK_EVERY if gpu else 1
         self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
         self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
-        if gpu:  # all rows are that long: a kernel for any length takes four times as long
-            self.row = max(ROW, -(-data.longest(self.cat, self.pool) // 128) * 128)
+        if gpu:  # all rows are that long: its kernel is compiled for every length
+            fits = max(min(ROW, self.tokens), data.longest(self.cat, self.pool))
+            self.row = -(-fits // 128) * 128  # whole blocks
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)

@@ -10,6 +10,7 @@ from conftest import PLANS, VOCAB, refuses, spread, tiny_config, tiny_model, wei
 from safetensors.torch import load_file, save_file
 from test_hatllm import as_layout, may_look, random_layout
 from tokenizers import Tokenizer
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -536,6 +537,18 @@ def test_attention_of_a_gpu(kind, monkeypatch):
     lay = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]]))
     q, k, v = torch.randn(2, 6, 7, 16), *torch.randn(2, 2, 3, 7, 16)
     assert_close(attend(q, k, v, lay.block_mask(kind)), attend(q, k, v, lay.additive_mask(kind, 2, q.dtype)))
+
+
+def test_attention_of_a_gpu_is_compiled_once_for_every_length_of_rows(monkeypatch):
+    """And for any number of rows. A kernel for any length is slow, and torch turns to it when it sees a second one."""
+    counter = CompileCounter()
+    again = torch.compile(flex_attention, backend=counter, dynamic=False)
+    monkeypatch.setattr("model.compiled_flex", lambda: again)
+    for B, T in ((2, 256), (5, 256), (3, 384), (6, 384), (7, 256)):
+        q, k, v = torch.randn(3, B, 2, T, 16)
+        with torch.no_grad():
+            attend(q, k, v, layout(torch.ones(B, T, dtype=torch.long)).block_mask("IN"))
+    assert counter.frame_count == 2
 
 
 def test_bf16(hf_folder):
