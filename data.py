@@ -628,7 +628,8 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
     M = int(cat.trie.fan[cat.trie.parent[following]].sum())
-    return Batch(tokens, item, branch, fork, start, needed(item, min(multiple, 256)), rows, following, M)
+    places = needed(item, min(multiple, 256))  # few lengths there, too
+    return Batch(tokens, item, branch, fork, start, places, rows, following, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
