@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from hatllm import TARGET, InputError, needed
+from hatllm import TARGET, InputError, needed, round_up
 from model import Config
 
 PRESETS = ("ml-100k", "beauty", "office", "books")
@@ -590,7 +590,7 @@ class Batch:
 
 def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
     """-> (B, T), value after the end of the shorter ones; T is rounded up."""
-    T = -(-max(map(len, rows)) // multiple) * multiple
+    T = round_up(max(map(len, rows)), multiple)
     out = np.full((len(rows), T), value)
     for b, row in enumerate(rows):
         out[b, : len(row)] = row

@@ -131,13 +131,16 @@ def is_last(item: Tensor) -> Tensor:
     return F.pad(item[:, 1:] != item[:, :-1], (0, 1), value=True)
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 def needed(item: Tensor, multiple: int = 1) -> Tensor:
     """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come. S is
     rounded up to a multiple, as far as T."""
     kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
     n = kept.sum(1, keepdim=True)
-    S = -(-int(n.max()) // multiple) * multiple
-    places = torch.argsort(~kept, dim=1, stable=True)[:, :S]
+    places = torch.argsort(~kept, dim=1, stable=True)[:, : round_up(int(n.max()), multiple)]
     return torch.where(torch.arange(places.shape[1], device=item.device) < n, places, -1)
 
 
@@ -188,7 +191,6 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
 def vary(*found):
     """For torch.compile: other calls have other numbers of rows, the first size of these tensors. With dynamic=False it
     takes all other sizes as given, and FlexAttention is several times as fast where the length of rows is."""
-    torch._dynamo.config.recompile_limit = 64  # such sizes; what is called with further ones would not be compiled
     for t in found:
         if isinstance(t, Tensor):
             torch._dynamo.maybe_mark_dynamic(t, 0)

@@ -39,7 +39,7 @@ import data
 import eval
 from data import Batch, Catalogue, Dataset, Tokenizer, Trie
 from eval import World, newest, number
-from hatllm import PLAN, InputError, layout
+from hatllm import PLAN, InputError, layout, round_up
 from model import Config, Llama, adapters, add_lora, load, read_json, read_safetensors, save, save_lora, write_json
 
 # Constants, to be edited; config.json of a run records them all.
@@ -163,10 +163,12 @@ class Run:
         self.model, self.tokenizer, self.base = build(args, self.d, self.device, self.dtype)
         self.model.dtype = self.dtype
         gpu = self.device.type == "cuda"
+        if gpu or args.compile:
+            torch._dynamo.config.recompile_limit = 64  # sizes; what is called with further ones would not be compiled
         if args.compile:
             torch._dynamo.config.optimize_ddp = False  # it would cut the blocks in pieces, and fail
-        for block in self.model.layers if args.compile else ():  # a CPU has rows of many lengths
-            block.compiled = torch.compile(block.compute, dynamic=not gpu)
+            for block in self.model.layers:  # a CPU has rows of many lengths
+                block.compiled = torch.compile(block.compute, dynamic=not gpu)
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.trie, self.coded = self.cat.trie.to(self.device), {}
@@ -183,7 +185,7 @@ class Run:
         self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
         if gpu:  # all rows are that long: its kernel is compiled for every length
             fits = max(min(ROW, self.tokens), data.longest(self.cat, self.pool))
-            self.row = -(-fits // 128) * 128  # whole blocks
+            self.row = round_up(fits, 128)  # whole blocks
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
@@ -269,7 +271,7 @@ def make_step(run: Run, coded: list[dict], scale: float) -> Step:
     """Forwards of at most run.tokens tokens, longest first."""
     n = sum(len(c["tokens"]) for c in coded)
     coded = data.pack(coded, run.row) if run.pack else coded
-    size = [-(-len(c["tokens"]) // run.row) * run.row for c in coded]
+    size = [round_up(len(c["tokens"]), run.row) for c in coded]
     parts = [[coded[i] for i in part] for part in data.batches(size, run.tokens)]
     return Step([data.collate(run.cat, part, run.row).to(run.device) for part in parts], scale, n)
 

@@ -38,7 +38,7 @@ SHAPES = {  # of random weights
     "random-toy": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=4352),
 }  # fmt: skip
-CARD = {  # flags that fill a card of 80 GB; in the first two rounds kernels are compiled
+CARD = {  # flags that fill a card of 80 GB; in the first rounds kernels are compiled
     "train random-135m": "--batch 256 --tokens 32768 --rounds 5",
     "train random-1b": "--batch 64 --tokens 4096 --rounds 5",
     "decode random-135m": "--users 16 --beams 20 --score trie --rounds 2",
@@ -62,10 +62,9 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     the first has true weights."""
     flags = {name: text.split() for name, text in (TOY if args.toy else CARD).items()}
     first = next(iter(models.values()))
-    own = ["--data", args.data, "--model", first]
     out = [
         ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
-        ("parity", 120, ["extras.bench", "parity", *own]),
+        ("parity", 120, ["extras.bench", "parity", "--data", args.data, "--model", first]),
     ]
     for shape, folder in models.items():
         same, name = ["--data", args.data, "--model", folder], folder.name

@@ -1,5 +1,6 @@
 """model.py: equal to transformers and peft where they do the same, and where they do not, to what a mask means."""
 
+import functools
 import json
 import weakref
 
@@ -17,7 +18,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from eval import frozen
 from hatllm import KINDS, TARGET, Layout, is_last, layout, needed
-from model import Cache, Config, Llama, LoRALinear, add_lora, attend, load, load_lora, merge_lora, save, save_lora
+from model import (
+    Cache,
+    Config,
+    Llama,
+    LoRALinear,
+    add_lora,
+    attend,
+    compiled_flex,
+    load,
+    load_lora,
+    merge_lora,
+    save,
+    save_lora,
+)
 
 peft = pytest.importorskip("peft")
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -542,8 +556,8 @@ def test_attention_of_a_gpu(kind, monkeypatch):
 def test_attention_of_a_gpu_is_compiled_once_for_every_length_of_rows(monkeypatch):
     """And for any number of rows. A kernel for any length is slow, and torch turns to it when it sees a second one."""
     counter = CompileCounter()
-    again = torch.compile(flex_attention, backend=counter, dynamic=False)
-    monkeypatch.setattr("model.compiled_flex", lambda: again)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr("model.compiled_flex", functools.cache(compiled_flex.__wrapped__))
     for B, T in ((2, 256), (5, 256), (3, 384), (6, 384), (7, 256)):
         q, k, v = torch.randn(3, B, 2, T, 16)
         with torch.no_grad():
