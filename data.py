@@ -82,6 +82,8 @@ def read_items(path: Path, columns: str = "title") -> dict[str, Item]:
     items, shown = {}, [column.strip() for column in columns.split(",")]
     for where, row in read_table(path, ["item_id", "title", *shown]):
         row = {name: " ".join(text.split()) for name, text in row.items()}
+        if not row["item_id"]:
+            raise InputError(f"{where}: no item_id")
         if row["item_id"] in items:
             raise InputError(f"{where}: item_id {row['item_id']} stands in the file already")
         items[row["item_id"]] = Item(row["title"], ", ".join(row[name] for name in shown if row[name]) or row["title"])

@@ -268,7 +268,8 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
     if only:  # ids, one a line
-        asked, known = set(Path(only).read_text("utf-8-sig", "replace").split()), len(candidates)
+        lines = map(str.strip, Path(only).read_text("utf-8-sig", "replace").splitlines())
+        asked, known = {*lines} - {""}, len(candidates)
         candidates = [i for i in candidates if d.ids[i] in asked]
         print(f"{only}: {len(candidates):,} of its {len(asked):,} ids are among the {known:,} items")
     if not candidates:
@@ -525,7 +526,7 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     print(f"{speed:.1f} users/s{base_source and '; base: ' + base_source}; written to {out / f'results-{name}.json'}")
 
 
-def tag(args, catalogue=None) -> str:
+def tag(args, catalogue) -> str:
     """What differs from the defaults, as a part of a file name: other settings never overwrite a full result."""
     names = [x for x in ("limit", "k", "beam", "score", "exclude_history") if vars(args)[x] != vars(DEFAULTS)[x]]
     among = hashlib.sha256(repr(catalogue).encode()).hexdigest()[:8] if args.catalogue or args.only else ""

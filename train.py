@@ -106,6 +106,7 @@ def parse(argv: list[str]):
 
 def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
+    args.plan = " ".join(args.plan.split())
     if not args.out:
         named = "split core columns targets limit plan dropout label_smoothing lora loss".split()
         named += "lr max_steps epochs batch seed".split()

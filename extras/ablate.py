@@ -47,9 +47,9 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
 COLUMNS = (*eval.NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
 LEARNT = ("loss", "valid_nll", "valid_NDCG@10")  # what `curves` shows of metrics.jsonl
 PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
-NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation; - all-OR: by window,
-and in brackets a 95% bootstrap interval over users, which says nothing about other seeds: a small one beside a large
-deviation over seeds proves nothing"""
+NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation, of all targets;
+- all-OR: by window, over the seeds that both have, and in brackets a 95% bootstrap interval over users, which says
+nothing about other seeds: a small one beside a large deviation over seeds proves nothing"""
 LOOKS = """Whose attention: header, the token before the title; title, its tokens; history, the items' tokens. What it
 goes to: within, the same item (a token is within its own); across, other items (to the header all are); context, the
 instruction and separators; first, the text's first token."""
@@ -90,7 +90,7 @@ def once(place: Path, argv: list[str]) -> bool:
 
 def run_all(args, theirs: list[str]) -> bool:
     """theirs: flags of train.py -> False if a run was asked to stop. Raises InputError if one failed."""
-    plans = [" ".join(plan.split()) for plan in args.plans.split(";") if plan.strip()]
+    plans = [plan for plan in args.plans.split(";") if plan.strip()]
     seeds = [seed.strip() for seed in args.seeds.split(",")]
     for seed in seeds:  # a mistyped flag ends it here, not in every run
         train.make_parser().parse_args([*theirs, "--seed", seed])
@@ -207,13 +207,14 @@ def read_record(path: Path) -> tuple[dict, dict]:
         raise InputError(f"{path}: its columns, or {r['common']} beside it, cannot be read ({e})") from None
 
 
-def read_run(place: Path, least: float, most: float) -> dict:
-    """What the table needs of a folder or a record, of the windows whose target occurs so often in training."""
+def read_run(place: Path, least: float, most: float) -> dict | None:
+    """What the table needs of a folder or a record, of the windows whose target occurs so often in training; None if
+    there is none."""
     r, common = record(place) if place.is_dir() else read_record(place)
     w = {name: np.array(values) for name, values in (common | r["by_window"]).items()}
     some = (w["popularity"][:, 0] >= least) & (w["popularity"][:, 0] <= most)
     if not some.any():
-        raise InputError(f"--seen: {place} has no test window with such a target")
+        return None
     w = {name: values[some] for name, values in w.items()}
     at, best = (w["before"], w["ties"]), max(r["log"], key=train.merit)
     valid = {name: best[name] for name in ("valid_NDCG@10", "valid_nll")}
@@ -255,8 +256,8 @@ def rows_of(runs: list[dict], out: Path) -> list[dict]:
     """Popularity, SASRec if extras/sasrec.py tried it on this split, then the plans in the order of PLANS."""
     c, n = runs[0], len(runs[0]["nll"])
     rows = [{"name": "popularity", "seeds": [], "metrics": over_seeds([c["popularity"]])}]
-    name = f"baselines-{Path(c['data']).name}-{c['split']}*.json"
-    for b in [read_json(path) for folder in (out, out.parent) for path in folder.glob(name)]:
+    places = out.resolve(), out.resolve().parent
+    for b in [read_json(path) for folder in places for path in folder.glob("baselines-*.json")]:
         if b.get("digest") == c["digest"]:
             asked = b["flags"]["history"], b["flags"]["exclude_history"]
             title = "SASRec" if asked == (data.HISTORY, False) else f"SASRec (history, excluded: {asked})"
@@ -294,10 +295,11 @@ def make_table(args):
     least, most = args.seen or (0, np.inf)
     places = [p.parent for p in out.glob("*/metrics.jsonl") if finished(p.parent)]
     for place in sorted([*places, *out.glob("*.run.json")]):
-        r = read_run(place, least, most)
-        groups.setdefault((setting(r), r["digest"], r["base_digest"]), []).append(r)
+        if r := read_run(place, least, most):
+            groups.setdefault((setting(r), r["digest"], r["base_digest"]), []).append(r)
     if not groups:
-        raise InputError(f"--out {out}: no finished run is there; `python -m extras.ablate run` makes them")
+        such = " that was tested on such targets" if args.seen else ""
+        raise InputError(f"--out {out}: no finished run{such} is there; `python -m extras.ablate run` makes them")
     for (title, *_), runs in sorted(groups.items()):
         title += f", targets that occur {least} to {most} times in training" if args.seen else ""
         for a, b in itertools.combinations(runs, 2):

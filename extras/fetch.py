@@ -52,7 +52,7 @@ def download(url, path):
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} answered {error.code} {error.reason}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url} cannot be reached ({getattr(error, 'reason', error)})") from None
     try:
         with response, open(path, "wb") as file:
@@ -146,7 +146,7 @@ def write_dataset(paths, folder):
 
 def amazon(reviews, meta, notes):
     """Amazon 2014 5-core -> {item: title}, {user: [(time, item)]}, numbered from 1 in order of first appearance."""
-    users, first = prepare.read_interactions(reviews, notes)
+    users, first, _ = prepare.read_interactions(reviews, notes)
     items, number = prepare.read_items(meta, notes, wanted=first), {asin: str(n) for n, asin in enumerate(first, 1)}
     titles = {number[asin]: items[asin]["title"] if asin in items else "" for asin in first}
     # times have day resolution: ties stand in ASIN order, the known convention
@@ -161,7 +161,7 @@ def movielens(archive, scratch, notes):
     prefix, ratings = ("recbole/dataset_example/ml-100k/ml-100k.", "inter") if wheel else ("ml-100k/u.", "data")
     with zipfile.ZipFile(archive) as packed:
         ratings, films = (Path(packed.extract(prefix + end, scratch / "unpacked")) for end in (ratings, "item"))
-    users, _ = prepare.read_interactions(ratings, notes)
+    users, *_ = prepare.read_interactions(ratings, notes)
     titles = {}
     for item, film in prepare.read_items(films, notes).items():
         titles[item], year = film["title"], film.get("release_year")

@@ -4,7 +4,8 @@
     python -m extras.prepare sales.csv sales.csv --out data/shop       # the titles stand beside the interactions
 
 It reads, packed with .gz or not,
-    tables with a header line: CSV, or semicolons, tabs or | between the columns, in any order, with CSV's quotes;
+    tables with a header line: CSV, or semicolons, tabs or | between the columns, in any order, with CSV's quotes (in a
+    table with tabs only around a whole text, on one line: else a quote is text);
     RecBole's .inter and .item;
     MovieLens' files without a header, known by their names: u.data, u.item, ratings.dat, movies.dat;
     Amazon's reviews and metadata of 2014, 2018 and 2023, and other files with one JSON object a line.
@@ -31,7 +32,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import TIMES
 from eval import Parser, run_main
 from hatllm import InputError
 
@@ -98,24 +98,32 @@ def table_rows(path, text, _):
     name, first = path.name.removesuffix(".gz"), next(text)
     between, columns = MOVIELENS.get(name, (max("\t,;|", key=first.count), ""))
     typed = re.search(r":(token|float)(_seq)?\s*$", first)  # RecBole's header: item_id:token, title:token_seq
-    quoting = csv.QUOTE_NONE if typed or columns else csv.QUOTE_MINIMAL
+    bare_quotes = typed or columns  # there a quote is text
+    own = unquoted if between == "\t" and not bare_quotes else str
+    quoting = csv.QUOTE_NONE if between == "\t" or bare_quotes else csv.QUOTE_MINIMAL
     text = itertools.chain([first], text)
     if between == "::":  # csv knows single characters only
         text, between = (line.replace("::", "\x1f") for line in text), "\x1f"
     table = csv.DictReader(text, columns.split() or None, delimiter=between, quoting=quoting, strict=True)
     try:
-        table.fieldnames = [c.split(":")[0] if typed else c.strip() for c in table.fieldnames]
-        if len(set(table.fieldnames)) < len(table.fieldnames):
+        table.fieldnames = [c.split(":")[0] if typed else own(c).strip() for c in table.fieldnames]
+        if any(n > 1 for name, n in Counter(table.fieldnames).items() if name):
             raise InputError(f"{path}, line 1: a column stands there twice")
         for row in table:
             if name in MOVIELENS:
                 row.pop(None, None)  # the further columns
             if None in row or None in row.values():
                 raise InputError(f"{path}, line {table.line_num}: not {len(table.fieldnames)} columns")
-            yield table.line_num, row
+            yield table.line_num, {column: own(text) for column, text in row.items()}
     except csv.Error as e:
         where = f"{path}, line {table.reader.line_num}"
         raise InputError(f"{where}: {e}; does a text that begins with a quote end with one?") from None
+
+
+def unquoted(text):
+    """'"5"" nail"' -> '5" nail', as other programs write a text with a quote in it."""
+    whole = re.fullmatch(r'"((?:[^"]|"")*)"', text)
+    return whole[1].replace('""', '"') if whole else text
 
 
 def find_columns(where, row, names, needed):
@@ -135,7 +143,8 @@ def plain(name):
 
 
 def bare(value):
-    return str(value).strip() if isinstance(value, (str, int, float)) else ""
+    known = isinstance(value, (str, int, float)) and value == value  # NaN is not
+    return str(value).strip() if known else ""
 
 
 def clean(value):
@@ -163,7 +172,7 @@ def seconds(value):
 
 
 def read_interactions(path, notes, given=NAMES):
-    """-> {user: {(time, item): None}} in the file's order, {item: where it stands first}."""
+    """-> {user: {(time, item): None}} in the file's order, {item: where it stands first}, the column of the items."""
     users, first, column = {}, {}, None
     for where, row in rows(path, notes):
         column = column or find_columns(where, row, given, ("user", "item", "time"))
@@ -183,7 +192,7 @@ def read_interactions(path, notes, given=NAMES):
                 note(notes, "duplicates (same user, item and time) are left out", where)
             events[time, item] = None
             first.setdefault(item, where)
-    return users, first
+    return users, first, column and column["item"]
 
 
 def read_items(path, notes, given=NAMES, wanted=None):
@@ -195,13 +204,15 @@ def read_items(path, notes, given=NAMES, wanted=None):
         if column["title"] is None:  # not every JSON object has one
             column = find_columns(where, row, names, ["item"])
         item, title = bare(row.get(column["item"])), clean(row.get(column["title"]))
-        if wanted is not None and item not in wanted:
+        if item.split() != [item]:
+            note(notes, "lines of items whose id is empty or has a space in it are left out", where)
+        elif wanted is not None and item not in wanted:
             note(notes, "lines of items that nobody bought are left out", where)
         elif not title:
             note(notes, "lines of items without a title are left out", where)
         elif item not in items:
             further = {clean(c): clean(value) for c, value in row.items() if isinstance(value, (str, int, float))}
-            for name in ("", "item_id", "title", *column.values(), *TIMES):
+            for name in ("", "item_id", "title", *column.values()):
                 further.pop(name, None)
             items[item] = {"title": title} | further
         elif items[item]["title"] != title:
@@ -235,7 +246,8 @@ def prepare(interactions, catalogue, out, given=NAMES, all_items=False):
     interactions, catalogue, out, notes = Path(interactions), Path(catalogue), Path(out), {}
     if out.exists():
         raise InputError(f"{out} is there already: give another --out, or move it away")
-    users, first = read_interactions(interactions, notes, given)
+    users, first, column = read_interactions(interactions, notes, given)
+    given = given | {"item": [*filter(None, [column]), *given["item"]]}  # where both files have it, it is the same
     items = read_items(catalogue, notes, given, wanted=None if all_items else first)
     if catalogue.samefile(interactions):  # its other columns tell of an interaction, not of an item
         items = {item: {"title": row["title"]} for item, row in items.items()}

@@ -60,7 +60,7 @@ def runs(shop, tmp_path_factory):
 
 def tables(out, *argv) -> list[dict]:
     assert ablate.main(["table", "--out", str(out), *argv])
-    return read_json(out / f"{'-'.join(['table', *argv]).replace('--', '')}.json")["tables"]
+    return read_json(Path(out) / f"{'-'.join(['table', *argv]).replace('--', '')}.json")["tables"]
 
 
 def test_what_is_run(monkeypatch, tmp_path):
@@ -76,11 +76,11 @@ def test_what_is_run(monkeypatch, tmp_path):
     ):
         with refuses(message):  # before the first run, not in every run
             ablate.main(["run", argv])
-    argv = ["--data", "a,b/c", "--lr", "0.01", "--seeds", "0,1", "--compile", "--plans", "OR; IN:1  CR:1"]
+    argv = ["--data", "a,b/c", "--lr", "0.01", "--seeds", "0,1", "--compile", "--plans", "OR; IN:1  CR:1 ;"]
     assert not ablate.main(["run", *argv, "--out", str(tmp_path)])
     names = [f"{d}-{p}-s{s}" for s in (0, 1) for d in ("a", "c") for p in ("OR", "IN1_CR1")]
     assert [place for place, _ in calls] == [tmp_path / name for name in names]
-    args = train.make_parser().parse_args(calls[-1][1])
+    args = train.resolve(train.make_parser().parse_args(calls[-1][1]))
     assert (args.data, args.plan, args.seed, args.lr, args.compile) == ("b/c", "IN:1 CR:1", 1, 0.01, True)
 
 
@@ -138,7 +138,8 @@ def made_run(out, plan: str, seed: int, windows: list[tuple[str, str]], flags=""
     return np.array([ndcg, nll.round(3)])
 
 
-def test_table_by_hand(tmp_path):
+def test_table_by_hand(tmp_path, monkeypatch):
+    """The baseline is known by its data, whatever they were called, and stands once."""
     out, rng = tmp_path / "ablate", random.Random(1)
     windows = [(f"u{u}", f"i{rng.randrange(25)}") for u in range(30) for _ in range(1 + u % 3)]
     plain, other = (np.stack([made_run(out, p, s, windows) for s in (0, 1)]) for p in ("OR", "IN OR:1"))  # (2, 2, N)
@@ -148,9 +149,14 @@ def test_table_by_hand(tmp_path):
         "popularity": {"n": 70},
         "runs": [{"test": dict.fromkeys(NAMES, v)} for v in (0.2, 0.4)],
     }
-    for folder, split, digest in ((tmp_path, "time", "d"), (tmp_path, "loo", "d"), (out, "time", "of other data")):
-        write_json(folder / f"baselines-shop-{split}.json", b | {"digest": digest})
-    (made,) = tables(out)
+    for folder, split, digest in (
+        (tmp_path, "time", "d"),
+        (tmp_path, "loo", "another split"),
+        (out, "time", "other data"),
+    ):
+        write_json(folder / f"baselines-store-{split}.json", b | {"digest": digest})
+    monkeypatch.chdir(out)
+    (made,) = tables(".")
     assert made["n"] == len(windows) == 60
     assert [r["name"] for r in made["rows"]] == ["popularity", "SASRec (on 70 windows)", "OR", "CR", "IN OR:1"]
     rows, text = {r["name"]: r for r in made["rows"]}, (out / "table.md").read_text()
@@ -174,7 +180,7 @@ def test_other_settings_get_a_table_of_their_own(tmp_path):
     windows = [("u0", "i1"), ("u1", "i2")]
     made_run(tmp_path, "OR", 0, windows)
     made_run(tmp_path, "IN", 0, windows, "--model a/b --lr 0.5 --tokens 7", base="w/b", base_source="another model")
-    made_run(tmp_path, "CR", 0, windows, digest="changed")
+    made_run(tmp_path, "CR", 0, [("u0", "i3")], digest="changed")
     made_run(tmp_path, "CR OR:1", 0, windows, constants={"TAU": 2.5})
     own = {"base": "w/b", "base_source": "w/b"}
     made_run(tmp_path, "OR:1 IN", 0, windows, f"--model a/b --lora 0 --lr {train.RATES['lora']}", **own)
@@ -183,6 +189,8 @@ def test_other_settings_get_a_table_of_their_own(tmp_path):
     titles = ["shop, b (another model) --lr 0.5 --max_steps 7", f"{b} --lr 0.0003 --max_steps 7", f"{b} --max_steps 7"]
     titles += [tiny, tiny, f"{tiny} TAU = 2.5"]
     assert [t["setting"] for t in tables(tmp_path)] == titles and titles[0] in (tmp_path / "table.md").read_text()
+    (made,) = tables(tmp_path, "--seen", "3", "3")  # the others have no such targets
+    assert [r["name"] for r in made["rows"]] == ["popularity", "CR"]
     made_run(tmp_path, "IN OR:1", 0, [("u0", "i1"), ("u1", "i3")])
     with refuses("different windows"):
         tables(tmp_path)
@@ -219,7 +227,7 @@ def test_table_of_trained_runs(runs):
         more, same = (np.array([f([*n.values()], n[p["target"]]).sum() for p in own]) for f in (np.greater, np.equal))
         want = np.clip((10 - more) / same, 0, 1).mean()
         assert made["rows"][0]["metrics"]["HR@10"]["mean"] == pytest.approx(want)
-    with refuses("no test window"):
+    with refuses("no finished run", "such targets"):
         tables(runs, "--seen", "999", "999")
 
 

@@ -48,7 +48,8 @@ def test_plain_gzipped_crlf_and_byte_order_mark(tmp_path, gz, newline, mark):
 
 
 BAD = [  # a table's end, or the whole of it with its header; what the sentence names
-    ("items", "1 \tAgain\n", ["line 6", "item_id 1"]), ("items", "5\tA\tpen\n", ["line 6"]), ("items", "", []),
+    ("items", "1 \tAgain\n", ["line 6", "item_id 1"]), ("items", " \tPen\n", ["line 6", "no item_id"]),
+    ("items", "5\tA\tpen\n", ["line 6"]), ("items", "", []),
     ("items", "item_id\tname\n1\tPen\n", ["title"]),
     ("items", "item_id\ttitle\ttitle\n1\tA\tB\n", ["twice"]),
     ("items", "9\tCaf\xe9\n", ["UTF-8"]), ("sequences", None, []),

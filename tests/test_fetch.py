@@ -19,11 +19,13 @@ from hatllm import InputError
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """Promises 1,000 bytes, and sends half of them at /half."""
+    """Promises 1,000 bytes, and sends half of them at /half; at /other it speaks no HTTP."""
 
     def do_GET(self):
         if self.path == "/none":
             return self.send_error(404)
+        if self.path == "/other":
+            return self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
         self.send_response(200)
         self.send_header("Content-Length", "1000")
         self.end_headers()
@@ -49,8 +51,9 @@ def test_a_broken_download_is_a_sentence(host, tmp_path):
     for name, words in (("half", "broke off"), ("none", "answered 404")):
         with pytest.raises(InputError, match=words):
             fetch.download(f"{host}/{name}", tmp_path / "b")
-    with pytest.raises(ConnectionError):
-        fetch.download("http://127.0.0.1:9/", tmp_path / "c")  # port 9 refuses connections
+    for url in ("http://127.0.0.1:9/", f"{host}/other"):  # port 9 refuses connections
+        with pytest.raises(ConnectionError):
+            fetch.download(url, tmp_path / "c")
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -47,6 +47,11 @@ FORMATS = {  # interactions, items, further columns of the items
         ("i.csv.gz", '\ufeff"Brand; or maker";SKU;product\r\n"B";1;"Pen"\r\n;2;Ink\r\n'),
         ["Brand; or maker"],
     ),
+    "tabs, quotes": (
+        ("r.tsv", '"userId"\t"Item ID"\t"time"\n' + lines('"{u}"\t{i}\t{t}')),
+        ("i.tsv", 'product_id\t"item ID"\ttitle\t\t\n2\t1\t"Pen"\t\t\n1\t2\tInk\t\t\n'),
+        ["product_id"],
+    ),
     "one file": (sales := ("s.tsv", "name\tuser\titem\tdate\nInk\t1\t2\t2014-05-14T16:53:20\n"
                  "Ink\t2\t2\t2014-05-15 18:53:20+02:00\nPen\t1\t1\t2014-05-13 16:53:20 UTC\n"), sales, []),
     "RecBole": (
@@ -106,6 +111,34 @@ def test_awkward_titles_through_to_the_data_set(tmp_path):
     users = {u for u, _, _ in events}
     assert seen == {user: [(i, t) for u, i, t in sorted(events, key=lambda e: e[2]) if u == user] for user in users}
     assert list(notes.values()) == [[1, f"{tmp_path}/i.csv, line 8"]] and "Latin-1" in list(notes)[0]
+
+
+def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
+    """Where a quote opens a field, as in CSV, the lines as far as the next quote become one title."""
+    titles = ['"Best of', 'TV 24"', '"Ink" well, 50 ml', '"5"" nail"', '""']
+    items = ("i.tsv", "item\ttitle\n" + "".join(f"{n}\t{t}\n" for n, t in enumerate(titles)))
+    found, _, notes = made(tmp_path, ("r.csv", GOOD.replace("a", "0") + "u,1,2\nu,2,3\nu,3,4\nu,4,5\n"), items)
+    assert [line.split("\t")[1] for line in found.splitlines()[1:]] == [*titles[:3], '5" nail']
+    assert "interactions are left out: " in [*notes][1] and len(notes) == 2  # the last has no title
+
+
+def test_what_is_no_number_is_no_name(tmp_path):
+    """Python writes what is missing as NaN; it would be one user for all, and one title."""
+    lines = '{"user": NaN, "item": "1", "time": 5}\n{"user": "u", "item": "2", "time": 5}\n'
+    items = '{"item": "1", "title": NaN}\n{"item": "2", "title": "Ink"}\n'
+    found, sequences, _ = made(tmp_path, ("r.json", lines), ("i.json", items))
+    assert found.endswith("\n2\tInk\n") and sequences.endswith("\nu\t2\t5\n") and "nan" not in found + sequences
+
+
+def test_items_that_nobody_can_name_are_left_out(tmp_path):
+    """The folder could not be read, or an item without an id would be recommended."""
+    paths = [
+        write(tmp_path / "r.csv", GOOD),
+        write(tmp_path / "i.csv", "item,title\na,Pen\n,No\n9 a,No\na\tb,No\nb,Ink\n"),
+    ]
+    _, notes = prepare.prepare(*paths, tmp_path / "made", all_items=True)
+    assert [*notes.values()] == [[3, f"{tmp_path}/i.csv, line 3"]]
+    assert [*data.read_items(tmp_path / "made/items.tsv")] == ["a", "b"]
 
 
 def test_the_order_of_the_interactions_tells_nothing_but_ties(tmp_path):

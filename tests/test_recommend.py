@@ -98,7 +98,7 @@ def test_only_is_brute_force_on_the_sub_catalogue(made, tmp_path, score):
 
 
 def test_one_candidate(made, tmp_path):
-    r = Recommender(made, only=table(tmp_path / "ids.txt", "i3"))
+    r = Recommender(made, only=table(tmp_path / "ids.txt", " i3", "", "gone i7 i9"))  # an id a line, no words in it
     assert [p["items"] for p in r.top_k([["i5"], ["i3"]])] == [[["i3"]]] * 2
 
 

@@ -209,6 +209,7 @@ def test_the_default_folder_names_what_differs():
     out = lambda *argv: flags_of("--data", "x/my-plans", *argv).out  # noqa: E731
     assert out() == out("--tokens", "99", "--eval_every", "7") == "out/my-plans-tiny"
     assert out("--plan", "OR") == "out/my-plans-tiny-OR" and out("--seed", "1") == "out/my-plans-tiny-seed1"
+    assert flags_of("--plan", " IN:1  OR ").plan == "IN:1 OR"  # one plan in a table
     assert out("--model", "a/smollm", "--plan", "IN:1/4 OR") == "out/my-plans-smollm-IN1of4_OR"
     flags = dict(split="loo", core="0", targets="last", limit="9", dropout="0.1", lora="4", loss="lml")
     flags |= dict(columns="brand", label_smoothing="0.1")
