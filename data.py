@@ -41,6 +41,7 @@ TIES = "file"  # a user's items of equal time: in the order of the file, or "shu
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
 TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
 TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
+WHOLE_TITLES = False  # and, if True, one more for every title: then `tiny` knows items as SASRec does, not by words
 
 
 # --- Reading: what is wrong gets a sentence that names file and line ------------------------------------------------
@@ -406,7 +407,7 @@ def train_tokenizer(titles: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(titles, trainer)
-    tokenizer.add_tokens(list(PROMPT))
+    tokenizer.add_tokens([*PROMPT, *titles] if WHOLE_TITLES else list(PROMPT))
     return tokenizer
 
 

@@ -517,9 +517,9 @@ def lock(out: Path) -> int:
 def check_same(old: dict, run: Run):
     """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
     free = "constants resume out data data_folder model base base_source tokens".split()
-    usual = vars(make_parser().parse_args([]))  # a run may be older than a flag
+    usual = vars(make_parser().parse_args([]))  # a run may be older than a flag or a constant
     was, now = (usual | c | c["constants"] for c in (old, run.config))
-    changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n) != v]
+    changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n, v) != v]
     if changed:
         raise InputError(
             f"--resume: {'; '.join(changed)} (digest: the files of the data or base). Flags need not be given again. "

@@ -359,6 +359,19 @@ def test_titles_are_text_in_the_template():
         assert (np.diff(item[item > 0]) >= 0).all() and item.max() == n and not item[-len(cat.header) :].any()
 
 
+def test_whole_titles_are_tokens(monkeypatch):
+    """Each one, also where a title begins or ends another; but for the one that spells the end token, and new ones."""
+    monkeypatch.setattr(data, "WHOLE_TITLES", True)
+    cat, tokenizer = odd.__wrapped__(), tokenizer_of_odd()
+    assert [len(t) == 1 for t in cat.titles] == [title != "<|end|>" for title in ODD]
+    assert len({tuple(t) for t in cat.titles}) == len(set(ODD))
+    assert [len(part) for part in (cat.instruction, cat.separator, cat.header)] == [1, 1, 1]
+    new = tokenizer.encode("A pen, red", add_special_tokens=False).ids
+    assert len(new) > 2 and tokenizer.decode(new) == "A pen, red"
+    e = data.encode(cat, data.Example([0, 1], [(2, 3)]), True)
+    assert len(e["tokens"]) == 5 and len(e["at"]) == 1  # one choice among all titles, after the header
+
+
 def test_a_history_shows_texts_and_the_target_is_a_title(monkeypatch):
     """Catches spans of the titles' lengths, a target that is cut or carries the other columns, a cut separator."""
     monkeypatch.setattr(data, "TEXT_TOKENS", 7)
