@@ -578,7 +578,9 @@ class Batch:
     places: Tensor  # (B, S) see hatllm.needed
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the trie node of the token to predict there
-    M: int  # how many tokens may stand there, in all of them
+    parents: Tensor  # (U,) the nodes above those, each once: many losses stand at the root
+    place: Tensor  # (R,) of a loss among parents
+    M: int  # children of all parents
 
     def to(self, device) -> "Batch":
         """A copy on device, without waiting for it where that is a GPU."""
@@ -630,9 +632,10 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
         branch = fork = None
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
-    M = int(cat.trie.fan[cat.trie.parent[following]].sum())
+    parents, place = torch.unique(cat.trie.parent[following], return_inverse=True)
+    M = int(cat.trie.fan[parents].sum())
     places = needed(item, min(multiple, 256))  # few lengths there, too
-    return Batch(tokens, item, branch, fork, start, places, rows, following, M)
+    return Batch(tokens, item, branch, fork, start, places, rows, following, parents, place, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -134,15 +134,15 @@ def slug(value) -> str:
 def trie_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0.0) -> Tensor:
     """Masked softmax (MSL, SIGIR 2025, eq. 5): (R,) -log of the next token among those that continue some title, after
     h (R, d). smoothing: the share of the mean over all that may follow."""
-    z = model.logits(h, trie.columns) / TAU  # (R, C)
-    row, child = trie.children(trie.parent[b.next], b.M)
-    hidden = torch.ones_like(z, dtype=torch.bool)
+    z, target = model.logits(h, trie.columns) / TAU, trie.column[b.next]  # (R, C), (R,)
+    row, child = trie.children(b.parents, b.M)
+    hidden = torch.ones(len(b.parents), z.shape[1], dtype=torch.bool, device=z.device)  # (U, C)
     hidden.index_put_((row, trie.column[child]), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
-    z = z.masked_fill(hidden, -torch.inf)
-    nll = F.cross_entropy(z, trie.column[b.next], reduction="none")
-    if smoothing:
-        each = -z.log_softmax(1).masked_fill(hidden, 0)  # (R, C)
-        nll = (1 - smoothing) * nll + smoothing * each.sum(1) / (~hidden).sum(1)
+    hidden = hidden[b.place]  # (R, C)
+    nll = F.cross_entropy(z.masked_fill(hidden, -torch.inf), target, reduction="none")
+    if smoothing:  # the mean of -log p less -log p of the target is the target's logit less the mean logit
+        mean = z.masked_fill(hidden, 0).sum(1) / trie.fan[b.parents][b.place]
+        nll = nll + smoothing * (z.gather(1, target[:, None])[:, 0] - mean)
     return nll
 
 
