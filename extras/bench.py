@@ -190,9 +190,9 @@ def bench_decode(args) -> dict:
 
 
 def bench_cache(args) -> dict:
-    """Prefill of the plain LLM, and of a plan that computes its first half once a title and its last quarter on few
+    """Prefill of the plain LLM, and of a plan that computes its first layers once a title and its last ones on few
     tokens. gap: to the same plan, all tokens in all layers. KV: MiB of keys and values that a prefill keeps."""
-    r, (*prompts, source), head = set_up(args, "IN-closed:1/2 OR CR-last:1/4")
+    r, (*prompts, source), head = set_up(args, args.plan)
     plain = Llama(r.model.config, "OR").to(r.device, r.dtype).eval()
     plain.load_state_dict(r.model.state_dict(), assign=True)
     ours = Decoder(r.model, r.cat.trie)
@@ -368,6 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--users", type=whole, default=8, help="decode, cache: test users, one batch (default: %(default)s)")
     add("--beams", type=number(int, 2), nargs="+", default=[10, 20], help="decode: beam widths (default: 10 20)")
     add("--score", nargs="+", default=["trie", "full"], choices=("trie", "full"), help="decode (default: both)")
+    add("--plan", default="IN-closed:1/2 OR CR-last:1/4", help="cache: beside the plain LLM (default: %(default)s)")
     add("--batch", type=whole, default=8, help="train: windows in a step, or a quarter as many stretches; profile")
     add("--lora", type=number(int, 0), default=8, help="train, profile: rank; 0: full fine-tuning (default: 8)")
     add("--tokens", type=number(int, 0), default=0,

@@ -77,8 +77,9 @@ def test_card():
     assert bench.mfu(model, 1e8, "8 CPU threads") is None
 
 
-def test_cache(places, capsys):
-    assert 0 < result(["cache", *places], capsys)["rows"][1]["gap"] < 1e-4
+@pytest.mark.parametrize("plan", [[], ["--plan", "IN-closed:1/2 CR-last"]])
+def test_cache(places, plan, capsys):
+    assert 0 < result(["cache", *places, *plan], capsys)["rows"][1]["gap"] < 1e-4
 
 
 def test_agreement_sees_differences():
