@@ -114,7 +114,7 @@ def table_rows(path, text, _):
                 row.pop(None, None)  # the further columns
             if None in row or None in row.values():
                 raise InputError(f"{path}, line {table.line_num}: not {len(table.fieldnames)} columns")
-            yield table.line_num, {column: own(text) for column, text in row.items()}
+            yield table.line_num, {column: own(value) for column, value in row.items()}
     except csv.Error as e:
         where = f"{path}, line {table.reader.line_num}"
         raise InputError(f"{where}: {e}; does a text that begins with a quote end with one?") from None
