@@ -98,15 +98,15 @@ def table_rows(path, text, _):
     name, first = path.name.removesuffix(".gz"), next(text)
     between, columns = MOVIELENS.get(name, (max("\t,;|", key=first.count), ""))
     typed = re.search(r":(token|float)(_seq)?\s*$", first)  # RecBole's header: item_id:token, title:token_seq
-    bare_quotes = typed or columns  # there a quote is text
-    own = unquoted if between == "\t" and not bare_quotes else str
-    quoting = csv.QUOTE_NONE if between == "\t" or bare_quotes else csv.QUOTE_MINIMAL
+    quoted = not typed and not columns  # else a quote is text
+    quoting = csv.QUOTE_MINIMAL if quoted and between != "\t" else csv.QUOTE_NONE
+    in_tabs = quoted and between == "\t"  # there csv would read on as far as the next quote, over many lines
     text = itertools.chain([first], text)
     if between == "::":  # csv knows single characters only
         text, between = (line.replace("::", "\x1f") for line in text), "\x1f"
     table = csv.DictReader(text, columns.split() or None, delimiter=between, quoting=quoting, strict=True)
     try:
-        table.fieldnames = [c.split(":")[0] if typed else own(c).strip() for c in table.fieldnames]
+        table.fieldnames = [c.split(":")[0] if typed else unquoted(c).strip() for c in table.fieldnames]
         if any(n > 1 for name, n in Counter(table.fieldnames).items() if name):
             raise InputError(f"{path}, line 1: a column stands there twice")
         for row in table:
@@ -114,7 +114,7 @@ def table_rows(path, text, _):
                 row.pop(None, None)  # the further columns
             if None in row or None in row.values():
                 raise InputError(f"{path}, line {table.line_num}: not {len(table.fieldnames)} columns")
-            yield table.line_num, {column: own(value) for column, value in row.items()}
+            yield table.line_num, {c: unquoted(value) for c, value in row.items()} if in_tabs else row
     except csv.Error as e:
         where = f"{path}, line {table.reader.line_num}"
         raise InputError(f"{where}: {e}; does a text that begins with a quote end with one?") from None
@@ -247,7 +247,8 @@ def prepare(interactions, catalogue, out, given=NAMES, all_items=False):
     if out.exists():
         raise InputError(f"{out} is there already: give another --out, or move it away")
     users, first, column = read_interactions(interactions, notes, given)
-    given = given | {"item": [*filter(None, [column]), *given["item"]]}  # where both files have it, it is the same
+    if column:  # where both files have it, it is the same
+        given = given | {"item": [column, *given["item"]]}
     items = read_items(catalogue, notes, given, wanted=None if all_items else first)
     if catalogue.samefile(interactions):  # its other columns tell of an interaction, not of an item
         items = {item: {"title": row["title"]} for item, row in items.items()}
