@@ -52,17 +52,14 @@ def split_plan(text: str) -> list[tuple[str, str]]:
 def parse_plan(text: str, n_layers: int) -> list[str]:
     """'IN:8 OR:14 CR:8' -> the kind of every layer, first to last. A count may be a fraction of the depth (halves round
     up). One kind may stand without a count and takes what is left. Raises InputError if the plan does not fit."""
-    kinds, sizes = [], []
-    for kind, count in split_plan(text):
-        kinds.append(kind)
-        layers = Fraction(count) * (n_layers if "/" in count else 1) if count else None
-        sizes.append(int(layers + Fraction(1, 2)) if count else None)
-    counted = sum(size for size in sizes if size is not None)
-    if counted > n_layers or (counted < n_layers and None not in sizes):
-        raise InputError(f"plan '{text}' covers {counted} layers, but the model has {n_layers}; try '{PLAN}'")
-    plan = []
-    for kind, size in zip(kinds, sizes, strict=True):
-        plan += [kind] * (n_layers - counted if size is None else size)
+    parts, plan = split_plan(text), []
+    shares = [Fraction(count or 0) * (n_layers if "/" in count else 1) for _, count in parts]
+    sizes = [int(share + Fraction(1, 2)) for share in shares]
+    left = n_layers - sum(sizes)
+    if left < 0 or (left > 0 and all(count for _, count in parts)):
+        raise InputError(f"plan '{text}' covers {sum(sizes)} layers, but the model has {n_layers}; try '{PLAN}'")
+    for (kind, count), size in zip(parts, sizes, strict=True):
+        plan += [kind] * (size if count else left)
     return plan
 
 
