@@ -81,8 +81,7 @@ class Layout:
         key = kind, G, dtype
         if key not in self.masks:
             seen = mask(kind, self.item, self.sees)[:, None]
-            M = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self.masks[key] = M.repeat(1, 1, G, 1)
+            self.masks[key] = torch.where(seen, 0.0, -torch.inf).to(dtype).repeat(1, 1, G, 1)
         return self.masks[key]
 
     def block_mask(self, kind: str) -> BlockMask:
