@@ -145,15 +145,16 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
     needed tokens alone -> the same with S in place of T. When decoding with a cache all new tokens are needed."""
     if lay.shorter is not None:
         return x, rows, lay.shorter
-    places, (B, T, d) = needed(lay.item) if lay.places is None else lay.places, x.shape
+    places = needed(lay.item) if lay.places is None else lay.places
     at, there = places.clamp(min=0), places >= 0
-    S = at.shape[1]
-    sees = lay.sees.gather(1, at[:, :, None].expand(B, S, T)).gather(2, at[:, None, :].expand(B, S, S))
+    S, T = at.shape[1], lay.item.shape[1]
+    sees = lay.sees.take_along_dim(at[:, :, None], 1).take_along_dim(at[:, None, :], 2)  # (B, S, S)
     sees = (sees & there[:, None, :]) | torch.eye(S, dtype=torch.bool, device=x.device)
-    new = torch.zeros_like(lay.item).scatter_add(1, at, torch.arange(S, device=x.device) * there)  # (B, T) place in S
-    rows = rows // T * S + new.flatten()[rows]
     item = lay.item.gather(1, at).where(there, -1)
-    return x.gather(1, at[:, :, None].expand(B, S, d)), rows, Layout(item, lay.pos.gather(1, at), sees)
+    # (B, T) where a needed token stands among the S; padding adds 0 to the first token
+    new = torch.zeros_like(lay.item).scatter_add(1, at, torch.arange(S, device=x.device) * there)
+    rows = rows // T * S + new.flatten()[rows]
+    return x.take_along_dim(at[:, :, None], 1), rows, Layout(item, lay.pos.gather(1, at), sees)
 
 
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None, start=None) -> Layout:
