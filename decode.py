@@ -264,19 +264,20 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     order = torch.argsort((group << 32) | bits, stable=True)
     p, whole, depth = p[order], whole[order], depth[order]
     none, place = torch.full(spent.shape, -torch.inf, device=spent.device), place_in_group(p.user)
-    start = torch.arange(len(place), device=place.device) - place  # where the user's entries begin
     kept, last = whole & (place < k), whole & (place == k - 1)
     to_beat = none.scatter_reduce(0, p.user, p.score.where(last, -torch.inf), "amax")
     live = ~whole & (p.score > to_beat[p.user])
     lost = live & p.deferred & spent[p.user]
     given_up = none.scatter_reduce(0, p.user, p.score.where(lost, -torch.inf), "amax")
-    turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live & ~lost, NEVER)  # least first
+    live = live & ~lost
+    turn = torch.where(p.deferred, AFTER_ALL_DEPTHS, depth).where(live, NEVER)  # least first
     first = torch.full(spent.shape, NEVER, device=turn.device).scatter_reduce(0, p.user, turn, "amin")
-    now = (turn == first[p.user]) & (turn < NEVER)
-    before = now.cumsum(0) - now.long()  # how many of `now` come earlier, other users' included
-    beam = now & (before - before[start] < width)
+    now = live & (turn == first[p.user])
+    earlier = now.cumsum(0) - now.long()  # how many of `now` come earlier, other users' included
+    start = torch.searchsorted(p.user, p.user)  # where the user's entries begin
+    beam = now & (earlier - earlier[start] < width)
     p.deferred = p.deferred | (now & ~beam)
-    kind = torch.where(beam, 2, torch.where(turn < NEVER, 1, torch.where(kept, 0, 3)))  # 0: a title, 3: gone
+    kind = torch.where(beam, 2, torch.where(live, 1, torch.where(kept, 0, 3)))  # 0: a title, 1: waits, 3: gone
     by_kind = torch.argsort(kind, stable=True)
     sizes = (kind == torch.arange(4, device=kind.device)[:, None]).sum(1)  # bincount would wait twice more
     parts = by_kind.split(sizes.tolist())
