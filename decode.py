@@ -257,11 +257,9 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
         "inkw"  -2.2     4    waits: shorter ones come first
         "gl"    -4.0     2    is dropped: it scores less than "pen$", and no title below it can score more
     """
-    group = p.user * 2 + ~whole  # a user's titles, then the prefixes, each from the best on
-    # one sort by (group, -score): the group in the upper half, the bits of -score in the lower. It is at least 0, and
-    # the bits of such floats sort as the numbers do.
-    bits = (0 - p.score).view(torch.int32).long()
-    order = torch.argsort((group << 32) | bits, stable=True)
+    # by user: titles, then prefixes, each from the best on
+    order = torch.argsort(p.score, descending=True, stable=True)
+    order = order[torch.argsort(p.user[order] * 2 + ~whole[order], stable=True)]
     p, whole, depth = p[order], whole[order], depth[order]
     none, place = torch.full(spent.shape, -torch.inf, device=spent.device), place_in_group(p.user)
     kept, last = whole & (place < k), whole & (place == k - 1)
