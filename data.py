@@ -385,6 +385,10 @@ class Trie:
         first = torch.cumsum(fan, 0) - fan
         return row, self.child[nodes][row] + torch.arange(len(row), device=nodes.device) - first[row]
 
+    def has_leaf(self, node: Tensor, leaf: Tensor) -> Tensor:
+        """Whether the leaf is below (or at) the node; of whole tensors, broadcast."""
+        return (self.leaf[node] <= leaf) & (leaf < self.leaf[node] + self.leaves[node])
+
     def to(self, device) -> "Trie":
         """A copy on device, for the model's side; this one stays where batches are made."""
         new = copy.copy(self)

@@ -140,8 +140,8 @@ class Decoder:
         nodes.view(-1)[rows] = node
         state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
         q, k = nodes[:, :, None], state.nodes[:, None, :]
-        above = (trie.leaf[k] <= trie.leaf[q]) & (trie.leaf[q] < trie.leaf[k] + trie.leaves[k])
-        above &= (trie.depth[k] <= trie.depth[q]) & (k >= 0)  # (B, Q, n) is k an ancestor of q, or q itself?
+        # (B, Q, n) is k an ancestor of q, or q itself?
+        above = trie.has_leaf(k, trie.leaf[q]) & (trie.depth[k] <= trie.depth[q]) & (k >= 0)
         above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
         pos, new = state.length[:, None] + trie.depth[nodes] - 1, torch.where(state.nodes >= 0, TARGET, -1)
 
@@ -231,8 +231,7 @@ class Decoder:
             h = torch.cat((h, self.feed(state, user[read], path[read], int(user[read].bincount().max()))))
             state.nodes, (state.cache.k, state.cache.v) = state.nodes[:, :0], kept
         row, child, logp = self.expand(h, nodes)
-        below = leaf[owner[row]] - trie.leaf[child]
-        own = (below >= 0) & (below < trie.leaves[child])  # is the child on its user's path?
+        own = trie.has_leaf(child, leaf[owner[row]])  # is the child on its user's path?
         return logp.new_zeros(len(leaf)).index_add(0, owner[row][own], logp[own])
 
 
