@@ -164,6 +164,10 @@ class Decoder:
             total = segment_logsumexp(z, row, len(nodes))
         return row, child, (z - total[row]).clamp(max=0)  # above it by rounding alone
 
+    def settled(self, nodes: Tensor) -> Tensor:
+        """Whether a prefix already has its title's score: one title is left (trie), or the end token is read (full)."""
+        return self.trie.fan[nodes] == 0 if self.full else self.trie.leaves[nodes] == 1
+
     # --- The K best titles ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -187,8 +191,7 @@ class Decoder:
             new = Prefixes(beam.user[row], child, beam.score[row] + logp, beam.deferred[row])
             grown = finished + waiting + new
             sound = sound & grown.score.isfinite().all()
-            whole = (self.trie.fan if self.full else self.trie.leaves)[grown.node] == (0 if self.full else 1)
-            depth = self.trie.depth[grown.node]
+            whole, depth = self.settled(grown.node), self.trie.depth[grown.node]
             finished, waiting, beam, lost = divide(grown, whole, depth, k, width, fed >= limit)
             dropped = torch.maximum(dropped, lost)
             if len(beam.user):
@@ -223,13 +226,13 @@ class Decoder:
         trie, users = self.trie, torch.arange(len(leaf), device=leaf.device)
         user = torch.repeat_interleave(users, trie.start[leaf + 1] - trie.start[leaf])  # of every node on the paths
         path = trie.path_node[trie.start[leaf][user] + place_in_group(user)]
-        # a node is read where more than one token may follow; its children's probabilities are not known without
-        read = (trie.fan[path] > 0) if self.full else (trie.leaves[path] > 1)
-        nodes, owner = torch.cat((0 * users, path[read])), torch.cat((users, user[read]))
-        if read.any():
+        read = ~self.settled(path)  # what follows the others adds nothing to the score
+        user, path = user[read], path[read]
+        if len(path):
             kept = [*state.cache.k], [*state.cache.v]
-            h = torch.cat((h, self.feed(state, user[read], path[read], int(user[read].bincount().max()))))
+            h = torch.cat((h, self.feed(state, user, path, int(user.bincount().max()))))
             state.nodes, (state.cache.k, state.cache.v) = state.nodes[:, :0], kept
+        nodes, owner = torch.cat((0 * users, path)), torch.cat((users, user))  # the root of each user, what was read
         row, child, logp = self.expand(h, nodes)
         own = trie.has_leaf(child, leaf[owner[row]])  # is the child on its user's path?
         return logp.new_zeros(len(leaf)).index_add(0, owner[row][own], logp[own])
