@@ -6,7 +6,7 @@ Shapes as in model.py, plus F prefixes in a step, M children of theirs (flat), L
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class Decoder:
         own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target)
         root = torch.zeros(B, dtype=torch.long, device=device)
         beam = Prefixes(torch.arange(B, device=device), root, root.float(), root.bool())
-        finished, waiting = beam[root[:0]], beam[root[:0]]
+        finished = waiting = beam[:0]
         dropped = torch.full((B,), -torch.inf, device=device)  # the best score that was given up
         fed, sound = root.clone(), torch.tensor(True, device=device)
         while len(beam.user):
@@ -216,9 +216,9 @@ class Decoder:
         if 2 * busy <= len(state.user):
             state.keep(torch.nonzero(read).flatten())
         row = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=total)  # prefix of a token
-        path = (trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1)[row] + place_in_group(row)
-        h = self.feed(state, p.user[row], trie.path_node[path], Q)
-        return h[n.cumsum(0) - 1], Prefixes(p.user, goal, p.score, p.deferred), read
+        first = trie.start[trie.leaf[p.node]] + trie.depth[p.node] - 1  # where p.node stands in path_node
+        h = self.feed(state, p.user[row], trie.path_node[first[row] + place_in_group(row)], Q)
+        return h[n.cumsum(0) - 1], replace(p, node=goal), read
 
     def score_after(self, state: SearchState, h: Tensor, leaf: Tensor) -> Tensor:
         """(B,) exact log-probability of the titles leaf (B,), right after prefill. What it reads is forgotten, so that
