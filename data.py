@@ -345,33 +345,33 @@ class Trie:
 
     def __init__(self, paths: list[np.ndarray]):
         """paths: token ids of every item's title, the end token last; empty for an item that is no candidate."""
-        every = [p.astype(">u4").tobytes() for p in paths]  # four bytes a token, which sort as the numbers do
-        titles = sorted(set(every) - {b""})  # the leaves, depth first
-        number = {b"": -1} | {title: leaf for leaf, title in enumerate(titles)}
+        every = [tuple(p.tolist()) for p in paths]
+        titles = sorted({*every} - {()})  # the leaves, depth first
+        number = {(): -1} | {title: leaf for leaf, title in enumerate(titles)}
         self.leaf_of_item = np.array([number[title] for title in every])
-        size = np.array([len(title) // 4 for title in titles])
-        self.start = np.append(0, np.cumsum(size))
-        path_token = np.frombuffer(b"".join(titles), ">u4").astype(int)
-        path_leaf = np.repeat(np.arange(len(titles)), size)
-        path_depth = np.arange(len(path_leaf)) - self.start[path_leaf] + 1
-        shared = [0, *(len(os.path.commonprefix(pair)) // 4 for pair in itertools.pairwise(titles))]  # of one before
-        new = np.flatnonzero(path_depth > np.array(shared)[path_leaf])  # a title leaves the one before: a node begins
-        new = new[np.lexsort((path_leaf[new], path_depth[new]))]  # breadth first
-        path_node = np.zeros(len(path_leaf), int)
-        path_node[new] = np.arange(1, len(new) + 1)
-        for a, b, n in zip(self.start, self.start[1:], shared[1:], strict=False):
-            path_node[b : b + n] = path_node[a : a + n]  # what is shared has its nodes already
-        self.path_node = path_node
-        self.token, self.depth, self.leaf = (np.append(0, x[new]) for x in (path_token, path_depth, path_leaf))
+        self.start = np.append(0, np.cumsum([len(title) for title in titles]))
+        nodes = [(0, 0, 0, 0)]  # token, parent, depth, leaf of every node, from the root on; depth first for now
+        path, path_node = [0], []  # path: the nodes of one title, the root's before them
+        for leaf, (before, title) in enumerate(itertools.pairwise([(), *titles])):
+            shared = len(os.path.commonprefix((before, title)))  # so many of its nodes are those of the title before
+            path = path[: shared + 1]
+            for token in title[shared:]:
+                nodes.append((token, path[-1], len(path), leaf))
+                path.append(len(nodes) - 1)
+            path_node += path[1:]
+        nodes = np.array(nodes)
+        order = np.argsort(nodes[:, 2], kind="stable")  # breadth first
+        place = np.argsort(order)  # of a node in that order
+        self.token, parent, self.depth, self.leaf = nodes[order].T.copy()
+        self.parent, self.path_node = place[parent], place[path_node]
         self.columns, column = np.unique(self.token[1:], return_inverse=True)
         self.column = np.append(0, column)
-        self.parent = np.append(0, np.where(path_depth[new] > 1, path_node[new - 1], 0))  # of the token before
-        self.leaves = np.bincount(path_node, minlength=len(new) + 1)
+        self.leaves = np.bincount(self.path_node, minlength=len(nodes))
         self.leaves[0] = len(titles)
-        self.fan = np.bincount(self.parent[1:], minlength=len(self.parent))
-        self.child = np.searchsorted(self.parent[1:], np.arange(len(self.parent))) + 1  # parents ascend along the nodes
-        self.stop = np.where(self.leaves == 1, path_node[self.start[self.leaf + 1] - 1], np.arange(len(self.parent)))
-        for n in np.flatnonzero((self.fan == 1) & (self.leaves > 1))[::-1]:  # many titles, one way on
+        self.fan = np.bincount(self.parent[1:], minlength=len(nodes))
+        self.child = np.searchsorted(self.parent[1:], np.arange(len(nodes))) + 1  # parents ascend along the nodes
+        self.stop = np.arange(len(nodes))
+        for n in np.flatnonzero(self.fan == 1)[::-1]:  # there is one way on; a child comes before its parent here
             self.stop[n] = self.stop[self.child[n]]
         self.stop[0] = 0
         self.n_leaves = len(titles)
