@@ -542,17 +542,16 @@ def examples(data: Dataset, targets: str) -> list[Example]:
 def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]:
     """An example as arrays: tokens, item, branch, fork (T,) as in hatllm.layout; at, next (R,): where a loss stands,
     and the trie node of the token to predict there. trie_only: see Catalogue.target."""
-    single = len(e.targets) == 1
     tokens, item, ends = cat.trunk(e.history)
-    texts = [(tokens, item, 0 * item, 0 * item)]  # the trunk, then a branch for every target
-    losses, length = [], len(tokens)
+    parts = {"tokens": [tokens], "item": [item], "branch": [0 * item], "fork": [0 * item], "at": [], "next": []}
+    length = len(tokens)
     for b, (k, target) in enumerate(e.targets, 1):
         tokens, item, at, node = cat.target(target, trie_only)
-        losses.append((length + at, node))
-        texts.append((tokens, item, np.full(len(item), 0 if single else b), np.full(len(item), ends[k])))
+        branch = np.full(len(item), b if len(e.targets) > 1 else 0)  # a single title goes on as trunk
+        fork = np.full(len(item), ends[k])
+        for part, x in zip(parts.values(), (tokens, item, branch, fork, length + at, node), strict=True):
+            part.append(x)
         length += len(item)
-    parts = dict(zip(("tokens", "item", "branch", "fork"), zip(*texts, strict=True), strict=True))
-    parts |= dict(zip(("at", "next"), zip(*losses, strict=True), strict=True))
     return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}
 
 
