@@ -669,10 +669,6 @@ def ahead(make: Callable, order: Iterable) -> Iterator:
         yield from map(make, order)
         return
     with ThreadPoolExecutor(1) as thread:
-        coming = None
-        for x in order:
-            coming, made = thread.submit(make, x), coming
-            if made:
-                yield made.result()
-        if coming:
-            yield coming.result()
+        futures = (thread.submit(make, x) for x in order)
+        for made, _ in itertools.pairwise(itertools.chain(futures, [None])):  # _: the next one, which has begun
+            yield made.result()
