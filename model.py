@@ -98,7 +98,7 @@ class Config:
     hatllm_plan: str = "OR"  # the plan it was trained with; transformers ignores it
 
     def __post_init__(self):
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // max(1, self.num_attention_heads))
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
 
     @staticmethod
     def read(path: Path) -> "Config":
@@ -387,12 +387,13 @@ def merge_lora(model: Llama) -> Llama:
 # --- Weights in and out: safetensors under Hugging Face's and peft's names ------------------------------------------
 
 
-def hf_name(name: str) -> str | None:
-    """Our name of a parameter -> the checkpoint's; None for adapters."""
-    return None if "lora_" in name else name if name.startswith("lm_head.") else "model." + name
+def hf_name(name: str) -> str:
+    """Our name of a parameter -> the checkpoint's."""
+    return name if name.startswith("lm_head.") else "model." + name
 
 
 def peft_name(name: str) -> str | None:
+    """None for what is no adapter."""
     return "base_model.model.model." + name if "lora_" in name else None
 
 
@@ -456,7 +457,7 @@ def save(model: Llama, folder: str | Path):
         raise ValueError("adapters would be lost; merge_lora first, or save_lora")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {hf_name(n): p.detach().contiguous() for n, p in model.named_parameters() if hf_name(n)}
+    tensors = {hf_name(n): p.detach().contiguous() for n, p in model.named_parameters()}
     dtype = str(model.head.dtype).removeprefix("torch.")
     write_json(folder / "config.json", model.config.to_json() | {"torch_dtype": dtype})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -69,7 +69,7 @@ def transformers_model(model: Llama):
     hf.logging.set_verbosity_error()
     with model.head.device:  # else a CPU draws weights that are thrown away, for half a minute
         theirs = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**model.config.to_json()))
-    weights = {hf_name(n): p.data for n, p in model.named_parameters() if hf_name(n)}
+    weights = {hf_name(n): p.data for n, p in model.named_parameters()}
     theirs.load_state_dict(weights, strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval()
