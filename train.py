@@ -179,24 +179,24 @@ class Run:
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        # a CPU likes forwards of one length
-        self.tokens = args.tokens or (fitting_tokens(self.model.config, self.params, self.dtype) if gpu else 1024)
-        self.look_every = LOOK_EVERY if gpu else 1
-        self.pack = gpu  # several texts in a row: a CPU takes small forwards, in which lengths differ little
-        self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
-        if gpu:  # all rows are that long: its kernel is compiled for every length
-            fits = max(min(ROW, self.tokens), data.longest(self.cat, self.pool))
-            self.row = round_up(fits, 128)  # whole blocks
+        self.pack = gpu  # several texts in a row
+        if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
+            self.tokens, self.look_every = args.tokens or fitting_tokens(self), LOOK_EVERY
+            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool)), 128)
+        else:  # a CPU takes small forwards of texts that are about as long as each other
+            self.tokens, self.look_every = args.tokens or 1024, 1
+            self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
         decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
         self.config = make_config(self)
 
 
-def fitting_tokens(c: Config, params: list, dtype: torch.dtype) -> int:
+def fitting_tokens(run: Run) -> int:
     """Tokens of a forward on a GPU: a layer keeps 20 to 32 d numbers a token, and at least a third stays free."""
-    free = torch.cuda.mem_get_info()[0] - 12 * sum(p.numel() for p in params)  # gradients, AdamW's two moments
-    return max(1, free // (48 * dtype.itemsize * c.hidden_size * c.num_hidden_layers))
+    c, trained = run.model.config, sum(p.numel() for p in run.params)
+    free = torch.cuda.mem_get_info()[0] - 12 * trained  # gradients, AdamW's two moments
+    return max(1, free // (48 * run.dtype.itemsize * c.hidden_size * c.num_hidden_layers))
 
 
 def build(args, d: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer, str]:
