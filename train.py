@@ -186,9 +186,9 @@ class Run:
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
             self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
-        decayed, others = ([p for p in self.params if (p.dim() > 1) == matrix] for matrix in (True, False))
-        groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
+        matrices, others = [p for p in self.params if p.dim() > 1], [p for p in self.params if p.dim() <= 1]
+        groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
         self.config = make_config(self)
 
 
