@@ -334,22 +334,24 @@ def train(run: Run) -> bool:
     off = run.world.rank > 0 or None  # None: where stderr is no terminal
     run.model.train()
     with stop_signals() as asked, tqdm(total=run.steps, initial=first, desc="train", unit="step", disable=off) as bar:
-        for step, batch in enumerate(data.ahead(lambda i: get_batch(run, i), range(first, run.steps)), first):
-            lr = learning_rate(step, run.steps, run.args.lr)
-            recent.append(update(run, step, batch, lr))
+        batches = data.ahead(lambda i: get_batch(run, i), range(first, run.steps))
+        for done, batch in enumerate(batches, first + 1):  # done: steps, with this one
+            lr = learning_rate(done - 1, run.steps, run.args.lr)
+            recent.append(update(run, done - 1, batch, lr))
             tokens += batch.tokens * run.world.size
             bar.update()
-            due = step + 1 == run.steps or (step + 1) % run.args.eval_every == 0
+            due = done == run.steps or done % run.args.eval_every == 0
             stopped = asked and run.world.size == 1  # several processes must look together
-            if not (due or stopped or (step + 1) % run.look_every == 0):
+            if not (due or stopped or done % run.look_every == 0):
                 continue
-            (state["losses"], stop), recent = look(run, state["losses"], recent, bool(asked)), []
-            last = state["losses"][-LOOK_EVERY:]
+            losses, stop = look(run, recent, bool(asked))
+            state["losses"] += losses
+            recent, last = [], state["losses"][-LOOK_EVERY:]
             finite = [loss for loss in last if math.isfinite(loss)]
             if (due or len(last) == LOOK_EVERY) and not finite:
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
-            state |= {"step": step + 1, "seconds": before + seconds}
+            state |= {"step": done, "seconds": before + seconds}
             bar.set_postfix_str(f"loss {np.mean(finite or [math.nan]):.3f}, {tokens / seconds:,.0f} tokens/s")
             if due:
                 log(run, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
@@ -361,16 +363,16 @@ def train(run: Run) -> bool:
     return True
 
 
-def look(run: Run, losses: list[float], recent: list[Tensor], asked: bool) -> tuple[list[float], bool]:
-    """Waits for the device, to add the losses of recent steps, as `update` returned them -> losses, NaN for an update
-    that was left out; whether any process was asked to stop."""
+def look(run: Run, recent: list[Tensor], asked: bool) -> tuple[list[float], bool]:
+    """Waits for the device. recent: what `update` returned -> the losses of these steps, NaN for an update that was
+    left out; whether any process was asked to stop."""
     told = torch.stack([*recent, torch.full_like(recent[0], asked)])  # (n + 1, 2)
     run.world.sum_(told)
     *values, (asked, _) = told.tolist()
     found = [loss if math.isfinite(norm) else math.nan for loss, norm in values]
     if (lost := sum(map(math.isnan, found))) and run.world.rank == 0:
         tqdm.write(f"{lost} of the last {len(found)} updates had a loss or a gradient that is not finite: left out")
-    return losses + found, asked > 0
+    return found, asked > 0
 
 
 def merit(line: dict) -> list[float]:

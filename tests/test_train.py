@@ -626,7 +626,7 @@ def test_a_step_never_waits_for_the_device(flags, shop, base):
     told = train.update(r, 0, batch._replace(forwards=[b.to("meta") for b in batch.forwards]), 1e-3)
     assert told.is_meta and told.shape == (2,)
     with pytest.raises(RuntimeError, match="meta"):
-        train.look(r, [], [told], False)
+        train.look(r, [told], False)
 
 
 def test_weight_decay_is_for_matrices_only(shop, monkeypatch):
