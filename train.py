@@ -467,7 +467,7 @@ def load_step(run: Run, fresh: dict) -> dict:
     if state["step"] < 0 or not all(isinstance(loss, float) for loss in state["losses"]):
         raise InputError(f"{place}/state.json: damaged; its step or its losses are no numbers that can be")
     own = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-    shapes = {f"{n}:{k}": p.shape[: p.dim() * (k != "step")] for n, p in own.items() for k in MOMENTS}
+    shapes = {f"{n}:{k}": () if k == "step" else p.shape for n, p in own.items() for k in MOMENTS}
     files = {"weights": {n: p.shape for n, p in own.items()}, "optimizer": shapes}
     found = {name: read_safetensors(place / f"{name}.safetensors") for name in files}
     for name, expected in files.items():
