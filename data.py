@@ -586,14 +586,11 @@ class Batch:
     M: int  # children of all parents
 
     def to(self, device) -> "Batch":
-        """A copy on device, without waiting for it where that is a GPU."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.pin_memory().to(device, non_blocking=True) if gpu else t.to(device)
-
+        """A copy on device. A GPU copies in the background, for which the memory here must be pinned."""
         gpu = torch.device(device).type == "cuda"
         with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # a thread begins with another one
-            return Batch(*(move(v) if isinstance(v, Tensor) else v for v in vars(self).values()))
+            tensors = {name: v.pin_memory() if gpu else v for name, v in vars(self).items() if isinstance(v, Tensor)}
+            return replace(self, **{name: v.to(device, non_blocking=True) for name, v in tensors.items()})
 
 
 def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
