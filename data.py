@@ -207,7 +207,7 @@ def core(users: dict, k: int) -> dict:
         count = Counter(i for s in users.values() for i, _ in s)
         kept = {u: [(i, t) for i, t in s if count[i] >= k] for u, s in users.items()}
         kept = {u: s for u, s in kept.items() if len(s) >= max(k, 2)}
-        if sum(map(len, kept.values())) == sum(map(len, users.values())):
+        if kept == users:
             return kept
         users = kept
 
