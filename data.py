@@ -444,10 +444,10 @@ class Catalogue:
         self.texts = [t[: TEXT_TOKENS or None] for t in shown]
         probe = tokenizer.encode("a")
         self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
-        encoded = self.bos, self.instruction, self.separator, self.header, *self.titles, *self.texts
-        if (most := max(int(tokens.max(initial=0)) for tokens in encoded)) >= c.vocab_size:
+        prompt, written = (self.bos, self.instruction, self.separator, self.header), (*self.titles, *self.texts)
+        if (most := max(int(tokens.max(initial=0)) for tokens in (*prompt, *written))) >= c.vocab_size:
             raise InputError(f"the tokenizer has a token {most}, but the model has {c.vocab_size}; are they a pair?")
-        for text, tokens in zip((*titles, *texts), encoded[4:], strict=True):  # after those of the prompt
+        for text, tokens in zip((*titles, *texts), written, strict=True):
             if not len(tokens) or c.eos_token_id in tokens:
                 what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
                 raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")
