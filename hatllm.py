@@ -196,11 +196,10 @@ def vary(*found):
 # --- python hatllm.py: the masks of a small example -----------------------------------------------------------------
 
 
-def draw(kinds=KINDS, words=("Bought:", "red", "pen", ",", "ink", "well", ".", "Next:", "paper", "clip"),
-         item=(0, 1, 1, 0, 2, 2, 0, 0, TARGET, TARGET)) -> str:  # fmt: skip
+def draw(kinds=KINDS) -> str:
     """The masks side by side, queries down and keys across: # own item, + other item, o context, . hidden."""
-    lay = layout(torch.tensor([item]))
-    wide = max(map(len, words)) + 1
+    words, item = "Bought: red pen , ink well . Next: paper clip".split(), [0, 1, 1, 0, 2, 2, 0, 0, TARGET, TARGET]
+    lay, wide = layout(torch.tensor([item])), max(map(len, words)) + 1
     lines = [" " * wide + "  ".join(f"{kind:<{len(item)}}" for kind in kinds)]
     for i, word in enumerate(words):
         cells = []
