@@ -29,7 +29,7 @@ def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
 class Ranking:
     leaf: Tensor  # (B, K) titles, best first; -1 where the catalogue has fewer
     score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
-    exact: Tensor  # (B,) bool: no title that is not listed scores higher than a listed one
+    exact: Tensor  # (B,) bool: all other titles score at most as high as the last listed one
     target: Tensor  # (B,) log-probability of the title asked for, NaN where none was
     fed: Tensor  # (B,) title tokens that the search has read
 
@@ -62,7 +62,7 @@ class SearchState:
     cache: Cache
 
     def keep(self, user: Tensor):
-        """Lets go of all rows but these users': a step costs each row as much as the busiest one."""
+        """Keeps these users' rows alone: a step costs each row as much as the busiest one."""
         at = torch.searchsorted(self.user, user)
         for name in ("user", "item", "short_item", "length", "nodes"):
             setattr(self, name, getattr(self, name)[at])
@@ -87,9 +87,9 @@ class Decoder:
 
     @torch.inference_mode()
     def remember(self, texts: list):
-        """The item cache, of Catalogue.texts. Under leading IN-closed layers the states of an item's text depend on
-        that alone: computes them once for all, so that `prefill` runs items through the other layers only. Equal to
-        1e-4 in fp32."""
+        """Computes the item cache, of Catalogue.texts. After the leading IN-closed layers an item's states depend on
+        its text alone. So they are computed once, and `prefill` runs items through the other layers only. The results
+        are equal to 1e-4 in fp32."""
         if not self.closed:
             return
         size = torch.tensor([len(t) for t in texts])
@@ -247,9 +247,10 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     """One step of the search for all users at once, with a single wait for the device.
 
     p, whole, depth (F,): all prefixes, which are whole titles, their lengths. spent (B,): users whose deferred prefixes
-    are given up -> a user's k best titles; the prefixes that wait, for they can still enter the top k; the beam: the
-    `width` best of the shortest prefixes, or of the deferred ones where there are no others; (B,) the best score that
-    was given up, -inf for none. All sorted by user. What the beam has no place for is deferred. One user, k 2, width 1:
+    are given up. Returns, sorted by user: the k best titles; the prefixes that wait, as they can still enter the top k;
+    the beam, which is the `width` best of the shortest prefixes, or of the deferred ones where there are no others; and
+    (B,) the best score that was given up, -inf for none. What the beam has no place for is deferred.
+    One user, k 2, width 1:
 
         prefix  score  depth
         "ink$"  -1.0     4    the best title ($ ends a title)

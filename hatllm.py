@@ -77,7 +77,7 @@ class Layout:
     masks: dict = field(default_factory=dict)
 
     def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, G * Tq, T) the same as the paper's M, 0 or -inf, for G heads one after the other."""
+        """The paper's M, (B, 1, G * Tq, T): 0 where a token may look, else -inf; repeated for G heads."""
         key = kind, G, dtype
         if key not in self.masks:
             seen = mask(kind, self.item, self.sees)[:, None]
@@ -85,7 +85,7 @@ class Layout:
         return self.masks[key]
 
     def block_mask(self, kind: str) -> BlockMask:
-        """The same for a GPU's kernel, which leaves out every 128 x 128 tokens of which none sees another."""
+        """The same for a GPU's kernel. It skips every block of 128 x 128 tokens in which nothing is seen."""
         if kind not in self.masks:
             seen = mask(kind, self.item, self.sees)
             size = len(seen), None, *seen.shape[1:]
@@ -133,7 +133,7 @@ def round_up(n: int, multiple: int) -> int:
 
 def needed(item: Tensor, multiple: int = 1) -> Tensor:
     """item (B, T) -> places (B, S) of what CR-last layers need: context, items' last tokens, the title to come. S is
-    rounded up to a multiple, as far as T."""
+    rounded up to a multiple, but is at most T."""
     kept = (item == 0) | (item == TARGET) | ((item > 0) & is_last(item))
     n = kept.sum(1, keepdim=True)
     places = torch.argsort(~kept, dim=1, stable=True)[:, : round_up(int(n.max()), multiple)]
@@ -141,8 +141,9 @@ def needed(item: Tensor, multiple: int = 1) -> Tensor:
 
 
 def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layout]:
-    """Before the CR-last layers at the end of a plan: x (B, T, d), rows (R,) of x.flatten(0, 1), and the layout, of the
-    needed tokens alone -> the same with S in place of T. When decoding with a cache all new tokens are needed."""
+    """Leaves out the tokens that the CR-last layers at the end of a plan do not need. x (B, T, d), rows (R,) of
+    x.flatten(0, 1) and the layout -> the same with S in place of T. `lay.shorter` is there when decoding with a cache:
+    then all new tokens are needed, and x and rows stay."""
     if lay.shorter is not None:
         return x, rows, lay.shorter
     places = needed(lay.item) if lay.places is None else lay.places
@@ -159,7 +160,7 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
 
 def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = None, places=None, start=None) -> Layout:
     """Layout of whole texts. item (B, T), padding (-1) last. places: see `needed`; None: they are found when needed.
-    start (B, T): where a token's text begins; None: every row is one text. Positions count on: RoPE tells distances.
+    start (B, T): where a token's text begins; None: every row is one text. Positions run on: RoPE sees only distances.
 
     Several titles may be learnt from one history. It is the trunk, and each title is a branch that forks from it:
 
@@ -186,8 +187,8 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
 
 
 def vary(*found):
-    """For torch.compile: other calls have other numbers of rows, the first size of these tensors. With dynamic=False it
-    takes all other sizes as given, and FlexAttention is several times as fast where the length of rows is."""
+    """Tells torch.compile that the first size of these tensors, the number of rows, differs from call to call. Under
+    dynamic=False all other sizes are fixed: FlexAttention is several times as fast if it knows the length of rows."""
     for t in found:
         if isinstance(t, Tensor):
             torch._dynamo.maybe_mark_dynamic(t, 0)
