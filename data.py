@@ -523,9 +523,9 @@ def window_examples(windows: list[Window]) -> list[Example]:
 
 
 def examples(data: Dataset, targets: str) -> list[Example]:
-    """What an epoch goes through. last: a training window an example, the published recipe. all: every item of the
-    training part that has one before it is a target once; those of a stretch of HISTORY items share one example (the
-    next stretch starts half of HISTORY later, so that no history is cut to less than half)."""
+    """What an epoch goes through. last: an example for every training window, as published. all: every training item
+    is a target once, except a user's first. Targets that follow each other share one example and its history. The next
+    example starts half of HISTORY later: so each of its targets still has half of HISTORY items before it."""
     if targets == "last":
         return window_examples(data.train)
     out, stride = [], max(1, HISTORY // 2)
@@ -567,7 +567,7 @@ def longest(cat: Catalogue, examples: list[Example]) -> int:
 
 
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:
-    """Title tokens to predict, end tokens and those that have no row included: what a loss is a mean of."""
+    """How many tokens a loss is the mean over: the titles' and their end tokens, also those that are certain."""
     return sum(len(cat.titles[target]) + 1 for e in examples for _, target in e.targets)
 
 
@@ -603,9 +603,9 @@ def pad(rows: list[np.ndarray], value: int, multiple: int = 1) -> Tensor:
 
 
 def pack(coded: list[dict], width: int) -> list[dict]:
-    """Encoded examples one after the other, in rows no longer than width or the longest of them: each, longest first,
-    stands in the first row that has room. Else a third or more of what a GPU computes would be padding. start: see
-    layout."""
+    """Puts encoded examples one after the other into rows of at most `width` tokens, or of the longest example's. The
+    longest come first; each goes into the first row that has room. With one example a row, a third or more of what a
+    GPU computes would be padding. start: see layout."""
     coded = sorted(coded, key=lambda c: -len(c["tokens"]))
     width = max(width, len(coded[0]["tokens"]))
     rows, filled = [], []  # the examples of each row; their tokens
@@ -649,8 +649,8 @@ def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor,
 
 
 def batches(lengths: list[int], budget: int) -> list[np.ndarray]:
-    """Indices in batches of at most budget tokens, padding included, longest texts first: if the memory is too small,
-    the first batch says so."""
+    """Indices in batches of at most budget tokens, padding included. The longest texts come first: if the memory is too
+    small, the first batch shows it."""
     order, out, a = np.argsort(-np.array(lengths), kind="stable"), [], 0
     while a < len(order):
         b = a + max(1, budget // max(1, lengths[order[a]]))
