@@ -112,9 +112,9 @@ def out_of_memory(e: RuntimeError) -> bool:
 
 
 def recommend(decoder: Decoder, cat: Catalogue, histories: list, args, targets: list[int], prompts) -> list[dict]:
-    """The items of the k best titles for every history, whose prompts are given as data.collate_prompts makes them;
-    with targets also the nll of each, -log p of its title. A title that several items bear lists all of them. A batch
-    that is too large for the memory is halved."""
+    """The items of the k best titles after every history; with targets also the nll of each, -log p of its title.
+    prompts: what data.collate_prompts makes of the histories. A title that several items bear lists all of them. A
+    batch that is too large for the memory is halved."""
     try:
         return search(decoder, cat, histories, args, targets, prompts)
     except RuntimeError as e:
@@ -189,7 +189,7 @@ def device_and_dtype(dtype: str, scratch: bool) -> tuple[torch.device, torch.dty
 
 
 def frozen(model: Llama, dtype: torch.dtype) -> Llama:
-    """What is evaluated: adapters merged, weights in dtype. Validation and test so compute alike."""
+    """The model as validation and test compute it: adapters merged, weights in dtype."""
     if model.head.dtype != dtype or adapters(model):
         model = merge_lora(copy.deepcopy(model)).to(dtype)
     return model.eval()

@@ -49,7 +49,7 @@ def read_json(path: Path, types: dict[str, type] | None = None) -> dict:
 
 
 def check_type(path: Path, key: str, value, kind: type, least: float = -math.inf):
-    """A number must also be finite, at least `least`, and no enormous size. True is no number."""
+    """Raises InputError unless value is of that type; a number must also be finite, at least `least`, not enormous."""
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits or (kind in (int, float) and not least <= value < (10**9 if kind is int else math.inf)):
         raise InputError(f"{path}: {key} is {value!r:.60}, but a {kind.__name__} is needed")
@@ -203,7 +203,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Computes in the type of x: weights that are trained stay in fp32 and are cast here, frozen ones are stored so."""
+    """Computes in the type of x. Trained weights stay in fp32 and are cast here; frozen ones have that type."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -341,7 +341,7 @@ class Llama(nn.Module):
 
 
 class LoRALinear(Linear):
-    """Is a Linear, and has none, so that the name of its weight stays that of the checkpoint."""
+    """Holds the weight of base, not base itself: so the weight keeps its name in the checkpoint."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")

@@ -133,8 +133,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def record(place: Path, note: str = "") -> tuple[dict, dict]:
-    """-> all that the table needs of the finished run in place, in 10 to 30 KB: without ids, titles and folders of the
-    machine; and what runs on the same data have in common. Columns are of the test windows."""
+    """-> all that the table needs of the finished run in place, and what runs on the same data share. The first
+    takes 10 to 30 KB, without ids, titles and folders of the machine. A column has a value for every test window."""
     c = read_json(place / "config.json", {"constants": dict})
     predictions = read_lines(tested(place, c, "predictions.jsonl"))
     windows, (before, ties) = [(p["user"], p["target"]) for p in predictions], eval.positions(predictions)

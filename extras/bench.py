@@ -269,8 +269,8 @@ def encode_alone(cat: data.Catalogue, examples: list[data.Example], eos: int) ->
 
 
 def mfu(model: Llama, tokens_per_s: float, machine: str) -> float | None:
-    """The share of a card's FLOP/s that training needs: of each of the N weights of the layers two a token forward, two
-    for the gradient that goes on to the layer before, and two for its own, if it is trained. None: an unknown card."""
+    """The share of a card's FLOP/s that training needs; None for an unknown card. For every token each of the layers' N
+    weights takes 2 FLOP forward, 2 for the gradient of its input, and, if it is trained, 2 for its own gradient."""
     N = sum(p.numel() for p in model.layers.parameters())
     peak = next((v for name, v in PEAK.items() if name in machine), None)
     return peak and (4 if adapters(model) else 6) * N * tokens_per_s / peak
