@@ -135,8 +135,8 @@ class Decoder:
         ancestors in the trie that were read. So every prefix is computed once, the prompt's keys and values serve all
         of them, and no cache is ever reordered."""
         trie, b = self.trie, torch.searchsorted(state.user, user)
-        rows = b * Q + place_in_group(b)
-        nodes = node.new_full((len(state.user), Q), -1)
+        rows = b * Q + place_in_group(b)  # (F,) where a node stands among the B * Q places
+        nodes = node.new_full((len(state.user), Q), -1)  # -1 where a user has fewer
         nodes.view(-1)[rows] = node
         state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
         q, k = nodes[:, :, None], state.nodes[:, None, :]
