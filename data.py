@@ -3,7 +3,7 @@
 A data set is a folder with items.tsv[.gz] (item_id, title; more columns are allowed) and either
     sequences.tsv[.gz]   user_id, item_ids in time order separated by spaces, their times likewise, or
     windows.tsv[.gz]     split (train, valid, test), user_id, item_ids of which the last is the target, its time: a
-                         published split, used as it is.
+                         published split, used as it is. A user's windows of one time stand in their order.
 Each has a header line. Shapes as in model.py, plus N windows and R rows: the positions that have a loss.
 """
 
@@ -270,6 +270,8 @@ def find(name: str | Path) -> Path:
 def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "title") -> Dataset:
     """The data set of that name or folder, split by time or loo, its k-core; a published split stays as it is. columns:
     see read_items."""
+    if HISTORY < 1 or TIES not in ("file", "shuffled") or len(PROMPT) != 3:
+        raise InputError("data.py: HISTORY is 1 at least, TIES is 'file' or 'shuffled', PROMPT has three parts")
     folder = find(name)
     items = read_items(folder / "items.tsv", columns)
     index, titled = {x: i for i, x in enumerate(items)}, [bool(x.title) for x in items.values()]
@@ -411,7 +413,7 @@ def train_tokenizer(titles: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(titles, trainer)
-    tokenizer.add_tokens([*PROMPT, *titles] if WHOLE_TITLES else list(PROMPT))
+    tokenizer.add_tokens([x for x in (*PROMPT, *titles * WHOLE_TITLES) if x != "<|end|>"])  # that is one already
     return tokenizer
 
 
@@ -434,8 +436,9 @@ class Catalogue:
     shows the texts of its items (None: their titles)."""
 
     def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, texts=None, candidates=None):
-        tokenizer.encode_special_tokens = True  # a title that spells '<|endoftext|>' is text
+        tokenizer.encode_special_tokens = False  # PROMPT may be a chat template, with tokens as '<|im_start|>'
         self.instruction, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        tokenizer.encode_special_tokens = True  # a title that spells one is text
         if not len(self.header):  # its last token is where a title begins
             raise InputError("PROMPT in data.py: what comes after the history needs a token at least")
         texts = titles if texts is None else texts

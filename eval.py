@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import Catalogue, Dataset, Window
 from decode import Decoder
-from hatllm import InputError, draw
+from hatllm import TARGET, InputError, layout, mask
 from model import Llama, adapters, check_type, load, load_lora, merge_lora, read_json, write_json
 
 KS = (1, 5, 10)  # cut-offs of HR and NDCG
@@ -210,9 +210,12 @@ def fingerprint(folder: str | Path) -> str:
     return h.hexdigest()[:16]
 
 
-def masks(plan: list[str]) -> str:
-    """A fingerprint of the masks of these layers on a small example: a kind may be edited after a run."""
-    return hashlib.sha256(draw(sorted(set(plan))).encode()).hexdigest()[:16]
+def mask_digest(plan: list[str]) -> str:
+    """A fingerprint of the masks of these layers, for ten items of 1 to 3 tokens. A kind may be edited after a run."""
+    items = [k for k in range(1, 11) for k in (*[k] * (1 + k % 3), 0)]
+    lay = layout(torch.tensor([[0, 0, *items, 0, TARGET, TARGET, TARGET]]))
+    seen = [(kind, mask(kind, lay.item, lay.sees).tolist()) for kind in sorted(set(plan))]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def read_run(out: Path) -> dict:
@@ -279,8 +282,8 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
-    now = masks(model.plan)
-    if c.get("masks", now) != now:  # an older run has none
+    now = mask_digest(model.plan)
+    if c.get("mask_digest", now) != now:  # an older run has none
         raise InputError(
             f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py to evaluate it"
         )
@@ -370,8 +373,7 @@ def run_main(main):
             sys.exit(f"error: --compile does not work here ({str(e).splitlines()[0]:.200}); go on without it")
         if not out_of_memory(e):
             raise
-        sys.exit("error: the memory is full; --tokens with less needs less and changes no result; a run of train.py "
-                 "goes on with --resume")  # fmt: skip
+        sys.exit("error: the memory is full; a lower --tokens needs less; a run of train.py goes on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -391,7 +393,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--beam", type=whole, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
     add("--score", default="trie", choices=("trie", "full"),
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
-    add("--exclude_history", action="store_true", help="never recommend what the prompt shows: the last 10 items")
+    add("--exclude_history", action="store_true", help="never recommend the prompt's own items, the last 10")
     add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
     add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
@@ -419,9 +421,8 @@ class Recommender:
         self.model, self.cat, self.d, self.config = load_run(out, a.data, a.base, a.catalogue, a.only)
         self.decoder = make_decoder(self.model, self.cat, self.config, a.score)
         # a name means a title as written, else a title in any case, else an id; of equal titles the first
-        self.index = {x: i for i, x in enumerate(self.d.ids)}
-        numbered = [*enumerate(self.d.titles)][::-1]
-        self.index |= {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}
+        self.of_id, numbered = {x: i for i, x in enumerate(self.d.ids)}, [*enumerate(self.d.titles)][::-1]
+        self.of_title = {t.lower(): i for i, t in numbered} | {t: i for i, t in numbered}
 
     def top_k(self, histories: list[list[str]], k: int | None = None) -> list[dict]:
         """histories: titles or item ids, oldest first -> for each the k best titles (None: 10, or the flag), as in
@@ -436,7 +437,7 @@ class Recommender:
         if isinstance(history, str) or not history:
             raise InputError("a history is a list of titles or item ids, one at least")
         names = [" ".join(str(name).split()) for name in history]
-        items = [self.index.get(x, self.index.get(x.lower())) for x in names]
+        items = [self.of_title.get(x, self.of_title.get(x.lower(), self.of_id.get(x))) for x in names]
         if None in items:
             unknown, titles = names[items.index(None)], {t.lower(): t for t in self.d.titles}
             near = [titles[t] for t in difflib.get_close_matches(unknown.lower(), titles, 3, 0.4)]
@@ -471,7 +472,7 @@ def write_recommendations(r: Recommender, args, world: World):
         return iter(r.d.future.values()) if own else data.read_histories(Path(args.histories), r.d.ids)
 
     windows, users = histories(), sum(1 for _ in histories())
-    part = path.with_name(f"{path.name}.part{world.rank}")
+    part = path.with_name(f"{path.name}.part{world.rank}-{os.getpid()}")
     r.decoder.remember(r.cat.texts)
     try:
         with (

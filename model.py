@@ -360,8 +360,8 @@ def add_lora(model: Llama, r: int, alpha: float, dropout: float, targets: list[s
     model.requires_grad_(False)
     linear = {name: m for name, m in model.layers.named_modules() if isinstance(m, nn.Linear)}
     known = {name.rpartition(".")[2] for name in linear}
-    if unknown := set(targets) - known:
-        raise InputError(f"adapters for {', '.join(sorted(unknown))}: a block's layers are {', '.join(sorted(known))}")
+    if not targets or set(targets) - known:
+        raise InputError(f"adapters for {targets}: a block's layers are {', '.join(sorted(known))}")
     for name, base in linear.items():
         if name.rpartition(".")[2] in targets:
             model.layers.set_submodule(name, LoRALinear(base, r, alpha, dropout))
@@ -445,7 +445,7 @@ def load(folder: str | Path, plan: str | None = None, dtype: torch.dtype = torch
         if not torch.equal(tensors.setdefault("model.embed_tokens.weight", head), head):
             raise InputError(f"{folder}: lm_head.weight differs from the embedding, though tie_word_embeddings is true")
     with torch.device("meta"):
-        model = Llama(c, plan or c.hatllm_plan, dropout)
+        model = Llama(c, c.hatllm_plan if plan is None else plan, dropout)
     assign(model, {k: v.to(dtype) for k, v in tensors.items()}, hf_name, folder)
     return model
 

@@ -5,8 +5,8 @@
     python train.py --data beauty --plan OR                    # the plain LLM, to compare with
     torchrun --nproc_per_node=8 train.py --data beauty --model path/to/Llama-3.2-1B
 
-Everything random depends on the seed and the step alone, so a run can stop anywhere and resume to the same end, and a
-CPU run repeats bit by bit. Shapes as in model.py.
+Everything random depends on the seed, the step and the process alone, so a run can stop anywhere and resume to the
+same end, and a CPU run repeats bit by bit. Shapes as in model.py.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
     add("--tokens", type=count, default=0, help="in a forward: fewer need less memory; 0: what fits a GPU; a CPU: 1024")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
-    add("--compile", action="store_true", help="torch.compile each block")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=1000, help="steps between two validations, each with a checkpoint")
     add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what decides the result, where it is unusual")
@@ -181,7 +181,8 @@ class Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.pack = gpu  # several texts in a row
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
-            self.tokens, self.look_every = args.tokens or fitting_tokens(self), LOOK_EVERY
+            self.tokens = args.tokens or fitting_tokens(self)
+            self.look_every = LOOK_EVERY if self.world.size == 1 else 5  # torchrun waits 30 s after Ctrl-C, then kills
             self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool)), 128)
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
@@ -237,7 +238,7 @@ def make_config(run: Run) -> dict:
     origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base
     return vars(run.args) | {
         "constants": json.loads(json.dumps(constants)),
-        "masks": eval.masks(run.model.plan),
+        "mask_digest": eval.mask_digest(run.model.plan),
         "data_folder": str(run.d.folder.resolve()),
         "digest": run.d.digest,
         "base": run.base,
@@ -314,7 +315,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """NDCG@10, and nats per item: mean -log p of a target. Computed as eval.py does."""
-    some = np.random.default_rng(0).permutation(len(run.d.valid))[: run.args.eval_limit or VALID_WINDOWS]
+    some = np.random.default_rng(0).permutation(len(run.d.valid))[: run.args.eval_limit or VALID_WINDOWS or None]
     windows = [run.d.valid[i] for i in np.sort(some)]
     decoder = eval.make_decoder(eval.frozen(run.model, run.dtype), run.cat, run.config)
     mine = windows[run.world.rank :: run.world.size]
@@ -348,7 +349,9 @@ def train(run: Run) -> bool:
             state["losses"] += losses
             recent, last = [], state["losses"][-LOOK_EVERY:]
             finite = [loss for loss in last if math.isfinite(loss)]
-            if (due or len(last) == LOOK_EVERY) and not finite:
+            # lost: none of LOOK_EVERY is finite, or none since the last validation, nor before that one
+            lost_before = all(math.isnan(line["loss"]) for line in state["log"][-1:])
+            if not finite and (len(last) == LOOK_EVERY or (due and lost_before)):
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
             state |= {"step": done, "seconds": before + seconds}
@@ -382,15 +385,16 @@ def merit(line: dict) -> list[float]:
 
 def log(run: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
-    line = {"step": state["step"], "loss": float(np.nanmean(state["losses"]))} | validate(run) | speed
+    finite = [loss for loss in state["losses"] if math.isfinite(loss)]
+    line = {"step": state["step"], "loss": float(np.mean(finite or [math.nan]))} | validate(run) | speed
     better = all(merit(line) > merit(old) for old in state["log"])
     state |= {"losses": [], "log": [*state["log"], line]}
     if run.world.rank == 0:
         found = f"validation NDCG@10 {line['valid_NDCG@10']:.4f}, {line['valid_nll']:.4f} nats per item"
-        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  {found}" + "  best" * better)
         if better:
             save_best(run, line["step"])
         write_json(run.out / "metrics.jsonl", state["log"])  # all of it: a run that was killed logs no step twice
+        tqdm.write(f"step {line['step']:6}  loss {line['loss']:.4f} per token  {found}" + "  best" * better)
 
 
 @contextmanager
@@ -517,8 +521,9 @@ def lock(out: Path) -> int:
 
 
 def check_same(old: dict, run: Run):
-    """--resume goes on with the same run only. Where things lie and how much fits into the memory may change."""
-    free = "constants resume out data data_folder model base base_source tokens".split()
+    """--resume goes on with the same run only. What may change: where things lie, how much fits into the memory,
+    --compile."""
+    free = "constants resume out data data_folder model base base_source tokens compile".split()
     usual = vars(make_parser().parse_args([]))  # a run may be older than a flag or a constant
     was, now = (usual | c | c["constants"] for c in (old, run.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n, v) != v]

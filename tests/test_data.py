@@ -105,6 +105,14 @@ def test_folders_that_contradict_themselves_or_the_split(tmp_path):
         load(write(tmp_path, True, items=ITEMS))
 
 
+@pytest.mark.parametrize("name, value", [("HISTORY", 0), ("TIES", "Shuffled"), ("PROMPT", ("", "\n"))])
+def test_constants_that_mean_nothing(tmp_path, monkeypatch, name, value):
+    """Catches examples without end, a typing error that means the other value, an unpacking error."""
+    monkeypatch.setattr(data, name, value)
+    with refuses("data.py:", name):
+        load(write(tmp_path, items=ITEMS, sequences=SEQUENCES))
+
+
 def test_where_data_is_looked_for(tmp_path, monkeypatch):
     """A path, $HATLLM_DATA, data/: the first that has items.tsv. A wrong name is not looked for on the network."""
     monkeypatch.chdir(tmp_path)
@@ -370,6 +378,19 @@ def test_whole_titles_are_tokens(monkeypatch):
     assert len(new) > 2 and tokenizer.decode(new) == "A pen, red"
     e = data.encode(cat, data.Example([0, 1], [(2, 3)]), True)
     assert len(e["tokens"]) == 5 and len(e["at"]) == 1  # one choice among all titles, after the header
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_prompt_may_be_a_chat_template(monkeypatch, whole):
+    """Catches its special tokens read as letters, and a tokenizer that is another one once it is saved and read."""
+    monkeypatch.setattr(data, "WHOLE_TITLES", whole)
+    monkeypatch.setattr(data, "PROMPT", ("<s>", "\n", "<|end|>"))
+    tokenizer = tokenizer_of_odd()
+    back = data.Tokenizer.from_str(tokenizer.to_str())
+    for t in (tokenizer, back):
+        cat = catalogue(t)
+        assert (*cat.instruction, *cat.header) == (t.token_to_id("<s>"), 0)
+        assert [t.tolist() for t in cat.titles] == [t.tolist() for t in catalogue(tokenizer).titles]
 
 
 def test_a_history_shows_texts_and_the_target_is_a_title(monkeypatch):

@@ -190,8 +190,9 @@ def test_names(made, whole, tmp_path):
     """Titles in any case, or ids, as text or numbers; a title comes before an id that reads alike."""
     assert whole.window(["RED pen", " old  ink pot", "i7", "i39"]).history == [0, 10, 7, 39]
     assert len(whole.window(["i1"] * 30).history) == data.HISTORY
-    path = table(tmp_path / "new.tsv", "item_id|title", "7|seven", "8|9", "9|nine")
-    assert Recommender(made, catalogue=path).window([7, "SEVEN", "9", "nine"]).history == [40, 40, 41, 42]
+    path = table(tmp_path / "new.tsv", "item_id|title", "7|seven", "8|9", "9|nine", "TEN|x", "10|ten")
+    window = Recommender(made, catalogue=path).window([7, "SEVEN", "9", "nine", "TEN"])
+    assert window.history == [40, 40, 41, 42, 44]
     for wrong in ("red pen", [], None):
         with refuses("a history is a list"):
             whole.window(wrong)

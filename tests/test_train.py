@@ -381,14 +381,19 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
     refused("--resume", "batch was 8, now it is 9", "need not be given again", batch=9)
     refused("label_smoothing was 0.0, now it is 0.1", label_smoothing=0.1)
     refused("plan was IN:1/4 OR CR:1/4, now it is OR", plan="OR")
+    refused("covers 0 layers", plan="")
     refused("max_steps was 1, now it is 2", "--model best-STEP", max_steps=2)
     for module, name, value in ((train, "CLIP", 0.5), (data, "HISTORY", 9)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(f"{name} was", f"now it is {value}")
-    with monkeypatch.context() as patch:
-        patch.setattr(hatllm, "mask", lambda kind, item, sees: sees)
-        refused("masks was")
+    with monkeypatch.context() as patch:  # a user's items see the last three alone: the picture is the same
+        whole, seen = (
+            hatllm.mask,
+            lambda item: (item[:, :, None] - item[:, None, :] < 3) | (item == hatllm.TARGET)[:, :, None],
+        )
+        patch.setattr(evaluation, "mask", lambda kind, item, sees: whole(kind, item, sees) & seen(item))
+        refused("mask_digest was")
         with refuses(out, "other masks of IN:1/4 OR CR:1/4"):
             evaluation.load_run(out)
     path = mine / "model.safetensors"
@@ -471,6 +476,13 @@ def test_an_infinite_gradient_is_reported(shop, tmp_path, monkeypatch, capsys):
     train.main(command(shop, tmp_path / "out"))
     assert "1 of the last 1 updates" in capsys.readouterr().out
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "out/metrics.jsonl"))
+
+
+def test_one_lost_update_is_no_end(shop, tmp_path, monkeypatch):
+    """Catches a run that cannot be finished, as its very last update alone came after the last validation."""
+    before_step(monkeypatch, 8, lambda: monkeypatch.setattr(train, "loss_of", infinite_gradient))
+    assert train.main(command(shop, tmp_path / "out", eval_every=7))
+    assert [math.isnan(line["loss"]) for line in lines(tmp_path / "out/metrics.jsonl")] == [False, True]
 
 
 def test_too_small_a_memory_names_remedies_that_work(shop, tmp_path, monkeypatch):
