@@ -558,15 +558,16 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}
 
 
-def longest(cat: Catalogue, examples: list[Example]) -> int:
-    """An upper bound of an example's tokens: those of the longest, before trie_only leaves some out."""
-    shown, written = ([len(t) for t in texts] for texts in (cat.texts, cat.titles))
-    start, gap, head = len(cat.bos) + len(cat.instruction), len(cat.separator), len(cat.header)
+def longest(cat: Catalogue, examples: list[Example], trie_only: bool) -> int:
+    """Tokens of the longest example, as `encode` makes it."""
+    shown = [len(t) for t in cat.texts]
+    start, gap = len(cat.bos) + len(cat.instruction), len(cat.separator)
 
     def size(e: Example) -> int:
-        return sum(shown[i] + gap for i in e.history) + sum(written[i] + head for _, i in e.targets)
+        branches = sum(len(cat.target(i, trie_only)[0]) for _, i in e.targets)
+        return sum(shown[i] + gap for i in e.history) - gap + branches
 
-    return start - gap + max(map(size, examples))
+    return start + max(map(size, examples))
 
 
 def n_title_tokens(cat: Catalogue, examples: list[Example]) -> int:

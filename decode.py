@@ -185,7 +185,7 @@ class Decoder:
         beam = Prefixes(torch.arange(B, device=device), root, root.float(), root.bool())
         finished = waiting = beam[:0]
         dropped = torch.full((B,), -torch.inf, device=device)  # the best score that was given up
-        fed, sound = root.clone(), torch.tensor(True, device=device)
+        fed, sound = root.clone(), torch.ones((), dtype=torch.bool, device=device)
         while len(beam.user):
             row, child, logp = self.expand(h, beam.node)
             new = Prefixes(beam.user[row], child, beam.score[row] + logp, beam.deferred[row])

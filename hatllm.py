@@ -73,15 +73,22 @@ class Layout:
     sees: Tensor  # (B, Tq, T) bool: the key comes before the query in one and the same text, or is the query itself
     places: Tensor | None = None  # (B, S) of the tokens that CR-last layers need, -1 for none; see `needed`
     shorter: "Layout | None" = None  # of these tokens alone; None: `shorten` makes it
+    causal: bool = False  # `sees` is causal attention, but for padding, which comes last
     real: Tensor | None = None  # (F,) which of the B * Tq places hold a token; then x is (F, d). None: all do
     masks: dict = field(default_factory=dict)
 
-    def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor:
-        """The paper's M, (B, 1, G * Tq, T): 0 where a token may look, else -inf; repeated for G heads."""
+    def additive_mask(self, kind: str, G: int, dtype: torch.dtype) -> Tensor | None:
+        """The paper's M, (B, 1, G * Tq, T): 0 where a token may look, else -inf; repeated for G heads. None: causal
+        attention and no more, for which torch has a faster kernel."""
         key = kind, G, dtype
         if key not in self.masks:
-            seen = mask(kind, self.item, self.sees)[:, None]
-            self.masks[key] = torch.where(seen, 0.0, -torch.inf).to(dtype).repeat(1, 1, G, 1)
+            seen, M = mask(kind, self.item, self.sees), None
+            faster = seen.is_cuda == (dtype == torch.bfloat16)  # on a GPU for bfloat16, on a CPU for float32
+            if not (self.causal and seen is self.sees and faster):
+                M = torch.where(seen[:, None], 0.0, -torch.inf).to(dtype).repeat(1, 1, G, 1)
+                # in memory a row is a multiple of 8 numbers: else a GPU's kernel makes such a copy in every layer
+                M = F.pad(M, (0, -M.shape[3] % 8))[..., : M.shape[3]]
+            self.masks[key] = M
         return self.masks[key]
 
     def block_mask(self, kind: str) -> BlockMask:
@@ -183,7 +190,7 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
         own = (same & sees).sum(-1) - 1  # how many tokens of its own branch precede a token
         pos = torch.where(branch > 0, fork + own, at)
     sees = sees | torch.eye(T, dtype=torch.bool, device=item.device)  # padding sees itself: no empty softmax, no NaN
-    return Layout(item, pos, sees, places)
+    return Layout(item, pos, sees, places, causal=branch is None and start is None)
 
 
 def vary(*found):

@@ -152,15 +152,15 @@ def rope_frequencies(c: Config, device) -> Tensor:
 
 
 def rope(c: Config, pos: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021): pos (B, T) -> cos, sin (B, 1, T, D), half-split as in Hugging Face's files; of
+    """Rotary positions (Su et al. 2021): pos (B, T) -> cos, sin (B, T, 1, D), half-split as in Hugging Face's files; of
     sin the first half is negative."""
-    angle = pos[:, None, :, None].float() * rope_frequencies(c, pos.device)
+    angle = pos[:, :, None, None].float() * rope_frequencies(c, pos.device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, heads, T, D), turned by its position: (a, b) -> (a cos - b sin, b cos + a sin) of its halves."""
+    """x (B, T, heads, D), turned by its position: (a, b) -> (a cos - b sin, b cos + a sin) of its halves."""
     cos, sin = cos_sin
     swapped = x.roll(x.shape[3] // 2, 3)  # (b, a); the minus of -b stands in sin
     return torch.addcmul(x * cos, swapped, sin)
@@ -186,8 +186,16 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)  # see hatllm.vary
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask) -> Tensor:
-    """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, H / G, T, D) -> (B, H, Tq, D). mask: see Layout."""
+def by_blocks(x: Tensor, D: int) -> bool:
+    """Whether FlexAttention can do it."""
+    return x.is_cuda and D >= 16
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """softmax(q k' / sqrt(D) + mask) v: q (B, H, Tq, D); k, v (B, H / G, T, D) -> (B, H, Tq, D). mask: see Layout; None
+    is causal attention."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if isinstance(mask, BlockMask):
         if torch.compiler.is_compiling():
             return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
@@ -228,11 +236,12 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor, cos_sin, real: Tensor | None = None) -> list[Tensor]:
         """x (B, T, d), or (F, d) of the tokens real (F,) of B * T -> q, k, v (B, heads, T, D), else 0."""
         flat = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        B, _, T, _ = cos_sin[0].shape
+        B, T, _, _ = cos_sin[0].shape
         if real is not None:
             flat = [y.new_zeros(B * T, y.shape[1]).index_copy(0, real, y) for y in flat]
-        q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in flat)
-        return [rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin), v]
+        q, k, v = (y.view(B, T, -1, self.D) for y in flat)
+        q, k = rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin)
+        return [y.transpose(1, 2) for y in (q, k, v)]
 
     def forward(self, x: Tensor, cos_sin, mask, cache: Cache | None, layer: int, real=None) -> Tensor:
         """x (B, Tq, d) -> (B, Tq, d), or (F, d) of the tokens real (F,) of B * Tq -> (F, d). mask: one of Layout's two.
@@ -240,7 +249,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos_sin, real)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-            mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
+            if mask is not None:
+                mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         return self.o_proj(y if real is None else y.flatten(0, 1)[real])
 
@@ -272,7 +282,7 @@ class Block(nn.Module):
         layout.real (F, d) -> (F, d)."""
         learns = torch.is_grad_enabled() and cache is None
         # all of HatLLM: what this layer's tokens may look at
-        if x.is_cuda and learns and self.self_attn.D >= 16:  # what FlexAttention can do
+        if learns and by_blocks(x, self.self_attn.D):
             mask = layout.block_mask(self.kind)
         else:
             mask = layout.additive_mask(self.kind, self.G, x.dtype)

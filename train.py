@@ -183,7 +183,7 @@ class Run:
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
             self.tokens = args.tokens or fitting_tokens(self)
             self.look_every = LOOK_EVERY if self.world.size == 1 else 5  # torchrun waits 30 s after Ctrl-C, then kills
-            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool)), 128)
+            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, args.loss == "msl")), 128)
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
             self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes

@@ -63,7 +63,7 @@ def stages(args, models: dict[str, Path], real: bool) -> list[tuple[str, float, 
     flags = {name: text.split() for name, text in (TOY if args.toy else CARD).items()}
     first = next(iter(models.values()))
     out = [
-        ("tests", 120, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
+        ("tests", 180, ["pytest", "-q", "-rfE", "tests/test_cuda.py"]),
         ("parity", 120, ["extras.bench", "parity", "--data", args.data, "--model", first]),
     ]
     for shape, folder in models.items():

@@ -81,7 +81,7 @@ def test_training(kind, shop, monkeypatch):
         r.model.zero_grad()
         with no_waits() if pack else contextlib.nullcontext():
             for i, batch in enumerate(steps):
-                losses.append(train.update(r, i, batch, 1e-2))
+                losses.append(train.update(r, i, batch, 1e-3))  # more, and AdamW's sign of a rounding shows
         found.append([*losses, *r.params])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), rtol=1e-3, atol=1e-4)

@@ -544,8 +544,9 @@ def test_collate():
     assert wide.tokens.flatten()[wide.rows].tolist() == b.tokens.flatten()[b.rows].tolist()
     single = data.collate(cat, [coded[0], coded[2]]).to("cpu")
     assert single.branch is None and single.fork is None
-    for some in (examples, examples[:1]):
-        assert data.longest(cat, some) == max(len(data.encode(cat, e, False)["tokens"]) for e in some)
+    for some, trie_only in itertools.product((examples, examples[:1]), (False, True)):
+        sizes = [len(data.encode(cat, e, trie_only)["tokens"]) for e in some]
+        assert data.longest(cat, some, trie_only) == max(sizes)
 
 
 def test_collate_prompts():

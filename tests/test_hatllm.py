@@ -1,6 +1,7 @@
 """hatllm.py: plans, layouts and masks, against the definition written out token by token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,12 +133,17 @@ def test_a_branch_continues_from_its_fork():
 
 
 def test_additive_mask_is_0_or_minus_infinity_for_every_kind_heads_and_type():
-    """Also when it was asked for another kind, another number of heads or another type before."""
+    """Also when it was asked for another kind, another number of heads or another type before. None is plain causal
+    attention, and means it: it is no answer for another rule under the name OR, nor for branches."""
     lay = layout(torch.tensor([[0, 1, 1, 2], [0, 1, 2, -1]]))
+    plain = [lay.additive_mask(kind, 2, torch.float32) is None for kind in KINDS]
+    assert plain == [kind == "OR" for kind in KINDS]
+    lay = replace(lay, causal=False, masks={})
     for kind in KINDS:
         for G in (3, 1, 2):
             for dtype in (torch.float32, torch.bfloat16):
                 M = lay.additive_mask(kind, G, dtype)
+                assert M.stride()[:-1] == (8 * 4 * G, 8 * 4 * G, 8)  # a GPU copies rows that begin elsewhere
                 assert M.dtype == dtype and M.shape == (2, 1, G * 4, 4)
                 assert (
                     torch.equal(M == 0, mask(kind, lay.item, lay.sees)[:, None].repeat(1, 1, G, 1))

@@ -11,11 +11,13 @@ from conftest import PLANS, VOCAB, refuses, spread, tiny_config, tiny_model, wei
 from safetensors.torch import load_file, save_file
 from test_hatllm import as_layout, may_look, random_layout
 from tokenizers import Tokenizer
-from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.attention import flex_attention
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import data
+import train
 from eval import frozen
 from hatllm import KINDS, TARGET, Layout, is_last, layout, needed
 from model import (
@@ -534,7 +536,9 @@ def test_rows_are_those_of_the_whole_forward():
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_in_bfloat16_is_that_of_float32(kind):
     """It is written out on a CPU: the scale, the mask, the gradients."""
-    mask = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]])).additive_mask(kind, 2, torch.float32)
+    mask = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]])).additive_mask(
+        kind, 2, torch.bfloat16
+    )
     q, k, v, g = (torch.randn(2, 3, n, 8).bfloat16() for n in (14, 7, 7, 14))
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -544,25 +548,32 @@ def test_attention_in_bfloat16_is_that_of_float32(kind):
     assert_close(*found, atol=0.06, rtol=0.02)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_of_a_gpu(kind, monkeypatch):
-    """What attends to blocks is given the heads and the mask as what attends to all; tests/test_cuda.py compiles it."""
-    monkeypatch.setattr("model.compiled_flex", lambda: flex_attention)
-    lay = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]]))
-    q, k, v = torch.randn(2, 6, 7, 16), *torch.randn(2, 2, 3, 7, 16)
-    assert_close(attend(q, k, v, lay.block_mask(kind)), attend(q, k, v, lay.additive_mask(kind, 2, q.dtype)))
-
-
-def test_attention_of_a_gpu_is_compiled_once_for_every_length_of_rows(monkeypatch):
-    """And for any number of rows. A kernel for any length is slow, and torch turns to it when it sees a second one."""
-    counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+def test_training_by_blocks(monkeypatch):
+    """What a GPU computes, on a CPU: texts packed into rows, and attention that leaves out blocks, have the loss and
+    the gradients of dense masks. A kernel is compiled for every length of rows, for none of their numbers."""
+    kernels, lengths = [], set()
+    titles = [f"{a} {b} in a nice box" for a in ("red", "blue", "old") for b in ("pen", "pencil", "ink pot", "paper")]
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # a CPU's kernel has no gradients
+    backend = lambda *a: kernels.append(a) or aot_eager(*a)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr("model.compiled_flex", functools.cache(compiled_flex.__wrapped__))
-    for B, T in ((2, 256), (5, 256), (3, 384), (6, 384), (7, 256), (4, 512)):
-        q, k, v = torch.randn(3, B, 2, T, 16)
-        with torch.no_grad():
-            attend(q, k, v, layout(torch.ones(B, T, dtype=torch.long)).block_mask("IN"))
-    assert counter.frame_count == 3
+    monkeypatch.setattr(data, "TINY_VOCABULARY", 270)  # words of many tokens
+    tokenizer = data.train_tokenizer(titles)
+    model = tiny_model("IN-closed:1 IN:1 CR:1 OR:1 CR-own:1 CR-last", num_hidden_layers=6, head_dim=16,
+                       vocab_size=tokenizer.get_vocab_size())  # fmt: skip
+    cat = data.Catalogue(titles, tokenizer, model.config)
+    for n, width in ((20, 512), (30, 512), (20, 768)):
+        pool = [data.Example([i % 12, n % 12, 3, 5], [(1, 2), (4, (i + n) % 12)]) for i in range(n)]
+        b, found = data.collate(cat, data.pack([data.encode(cat, e, True) for e in pool], width), width), []
+        for blocks in (False, True):
+            monkeypatch.setattr("model.by_blocks", lambda x, D, blocks=blocks: blocks)
+            h = model(b.tokens, layout(b.item, b.branch, b.fork, b.places, b.start), rows=b.rows)
+            loss = train.trie_nll(model, cat.trie, h, b).sum()
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert len(b.tokens) > 1 and b.start.any() and b.branch is not None
+        assert_close(*found, rtol=1e-4, atol=1e-4)
+        lengths |= {width, b.places.shape[1]}
+    assert len(kernels) == len(lengths) > 2
 
 
 def test_bf16(hf_folder):
