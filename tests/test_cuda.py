@@ -65,7 +65,7 @@ def test_there_is_the_device():
 def test_training(kind, shop, monkeypatch):
     """Three updates give the CPU's losses and weights, and wait for nothing."""
     monkeypatch.setattr(train, "LORA_DROPOUT", 0.0)
-    monkeypatch.setattr(train, "ROW", 512)  # so that a forward has several rows, and a row several blocks
+    monkeypatch.setattr(train, "ROW", 384)  # so that a forward has several rows, and a row several blocks
     found = []
     for device, pack in (("cpu", False), (DEVICE, True)):
         with on(device):
