@@ -1,4 +1,4 @@
-"""HatLLM in one file: which token may look at which, layer by layer (arXiv 2510.10955, sec. 3; no public code exists).
+"""HatLLM in one file: which token may look at which, layer by layer (arXiv 2510.10955; no public code exists).
 
 A prompt is context (instruction, separators, response header), the titles the user bought, and the title to come.
 Every token carries `item`: 0 context, k = 1.. the k-th bought item, TARGET the title to come, -1 padding.

@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--targets", default="auto", choices=("auto", "last", "all"),
         help="last: one a window, as published; all: every training item; auto: all for tiny")  # fmt: skip
     add("--limit", type=count, default=0, help="train on so many examples only, the same for every seed; 0: all")
-    add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face Llama folder")
+    add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
     add("--label_smoothing", type=share, default=0.0, help="for many passes; the loss shown is of it (default: 0)")

@@ -42,7 +42,7 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
     "IN:1/4 OR",  # each half of the method alone
     "OR CR:1/4",
     "CR:1/4 OR IN:1/4",  # swapped: is it the masks, or where they are?
-    "IN-closed:1/4 OR CR:1/4",
+    "IN-closed:1/2 OR CR-last:1/4",  # computes less
 )
 COLUMNS = (*eval.NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
 LEARNT = ("loss", "valid_nll", "valid_NDCG@10")  # what `curves` shows of metrics.jsonl
