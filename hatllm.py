@@ -85,9 +85,10 @@ class Layout:
             seen, M = mask(kind, self.item, self.sees), None
             faster = seen.is_cuda == (dtype == torch.bfloat16)  # on a GPU for bfloat16, on a CPU for float32
             if not (self.causal and seen is self.sees and faster):
-                M = torch.where(seen[:, None], 0.0, -torch.inf).to(dtype).repeat(1, 1, G, 1)
+                T = seen.shape[2]
                 # in memory a row is a multiple of 8 numbers: else a GPU's kernel makes such a copy in every layer
-                M = F.pad(M, (0, -M.shape[3] % 8))[..., : M.shape[3]]
+                seen = F.pad(seen[:, None], (0, -T % 8))
+                M = torch.where(seen, 0.0, -torch.inf).to(dtype).repeat(1, 1, G, 1)[..., :T]
             self.masks[key] = M
         return self.masks[key]
 

@@ -249,7 +249,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos_sin, real)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-            if mask is not None:
+            if mask is not None and k.shape[2] < mask.shape[3]:  # in the layers of the item cache
                 mask = mask[..., -k.shape[2] :].contiguous()  # else its rows are not aligned for a GPU's kernels
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         return self.o_proj(y if real is None else y.flatten(0, 1)[real])

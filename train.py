@@ -348,14 +348,14 @@ def train(run: Run) -> bool:
             losses, stop = look(run, recent, bool(asked))
             state["losses"] += losses
             recent, last = [], state["losses"][-LOOK_EVERY:]
-            finite = [loss for loss in last if math.isfinite(loss)]
+            loss = mean_of_finite(last)
             # lost: none of LOOK_EVERY is finite, or none since the last validation, nor before that one
             lost_before = all(math.isnan(line["loss"]) for line in state["log"][-1:])
-            if not finite and (len(last) == LOOK_EVERY or (due and lost_before)):
+            if math.isnan(loss) and (len(last) == LOOK_EVERY or (due and lost_before)):
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start
             state |= {"step": done, "seconds": before + seconds}
-            bar.set_postfix_str(f"loss {np.mean(finite or [math.nan]):.3f}, {tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
             if due:
                 log(run, state, {"lr": lr, "seconds": state["seconds"], "tokens/s": tokens / seconds})
                 start = time.time() - seconds  # seconds and tokens/s are of the training alone
@@ -378,6 +378,11 @@ def look(run: Run, recent: list[Tensor], asked: bool) -> tuple[list[float], bool
     return found, asked > 0
 
 
+def mean_of_finite(losses: list[float]) -> float:
+    """NaN where none is finite."""
+    return float(np.mean([loss for loss in losses if math.isfinite(loss)] or [math.nan]))
+
+
 def merit(line: dict) -> list[float]:
     """What the best validation has most of: NDCG@10, and among equals -nll."""
     return [line["valid_NDCG@10"], -line["valid_nll"]]
@@ -385,8 +390,7 @@ def merit(line: dict) -> list[float]:
 
 def log(run: Run, state: dict, speed: dict):
     """Validates; adds a line to state["log"] and to metrics.jsonl; saves the model if it is the best one."""
-    finite = [loss for loss in state["losses"] if math.isfinite(loss)]
-    line = {"step": state["step"], "loss": float(np.mean(finite or [math.nan]))} | validate(run) | speed
+    line = {"step": state["step"], "loss": mean_of_finite(state["losses"])} | validate(run) | speed
     better = all(merit(line) > merit(old) for old in state["log"])
     state |= {"losses": [], "log": [*state["log"], line]}
     if run.world.rank == 0:

@@ -536,9 +536,8 @@ def test_rows_are_those_of_the_whole_forward():
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_in_bfloat16_is_that_of_float32(kind):
     """It is written out on a CPU: the scale, the mask, the gradients."""
-    mask = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]])).additive_mask(
-        kind, 2, torch.bfloat16
-    )
+    lay = layout(torch.tensor([[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 1, -1, -1, -1]]))
+    mask = lay.additive_mask(kind, 2, torch.bfloat16)
     q, k, v, g = (torch.randn(2, 3, n, 8).bfloat16() for n in (14, 7, 7, 14))
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -546,6 +545,18 @@ def test_attention_in_bfloat16_is_that_of_float32(kind):
         y = attend(*args, mask.to(dtype))
         found.append([x.float() for x in (y, *torch.autograd.grad(y, args, g.to(dtype)))])
     assert_close(*found, atol=0.06, rtol=0.02)
+
+
+def test_a_mask_is_made_once(monkeypatch):
+    """Catches a copy of it in every layer, with a cache or without."""
+    used, real = [], attend
+    monkeypatch.setattr("model.attend", lambda q, k, v, mask: used.append(mask) or real(q, k, v, mask))
+    model, item = tiny_model("IN:2 CR:2"), torch.tensor([[0, 1, 1, 0, 2, 2, 0]])
+    for cache in (None, Cache(4)):
+        lay = layout(item)
+        model(torch.ones_like(item), lay, cache)
+        own = [lay.additive_mask(kind, 2, torch.float32) for kind in model.plan]
+        assert all(a is b for a, b in zip(used[-4:], own, strict=True))
 
 
 def test_training_by_blocks(monkeypatch):

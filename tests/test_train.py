@@ -387,12 +387,13 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(f"{name} was", f"now it is {value}")
-    with monkeypatch.context() as patch:  # a user's items see the last three alone: the picture is the same
-        whole, seen = (
-            hatllm.mask,
-            lambda item: (item[:, :, None] - item[:, None, :] < 3) | (item == hatllm.TARGET)[:, :, None],
-        )
-        patch.setattr(evaluation, "mask", lambda kind, item, sees: whole(kind, item, sees) & seen(item))
+
+    def last_three(kind, item, sees):  # what a user's item sees of the others; the picture is the same
+        near = (item[:, :, None] - item[:, None, :] < 3) | (item == hatllm.TARGET)[:, :, None]
+        return hatllm.mask(kind, item, sees) & near
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "mask", last_three)
         refused("mask_digest was")
         with refuses(out, "other masks of IN:1/4 OR CR:1/4"):
             evaluation.load_run(out)
