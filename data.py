@@ -36,7 +36,7 @@ from model import Config
 PRESETS = ("ml-100k", "beauty", "office", "books")
 TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
 csv.field_size_limit(2**31 - 1)  # a long sequence is one field
-HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL)
+HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL). It decides too which windows there are
 TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
 TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
@@ -487,7 +487,7 @@ class Catalogue:
         at = np.arange(len(node))
         if trie_only:
             at = np.flatnonzero(trie.fan.numpy()[trie.parent.numpy()[node]] > 1)
-        n = at[-1] if len(at) else 0  # the last loss stands after so many tokens of the title
+        n = at.max(initial=0)  # tokens of the title before the last loss
         fed = trie.token.numpy()[node[:n]]
         item = np.append(0 * self.header, np.full(len(fed), TARGET))
         return np.append(self.header, fed), item, len(self.header) - 1 + at, node[at]

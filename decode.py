@@ -140,9 +140,9 @@ class Decoder:
         nodes.view(-1)[rows] = node
         state.nodes = torch.cat((state.nodes, nodes), 1)  # (B, n)
         q, k = nodes[:, :, None], state.nodes[:, None, :]
-        # (B, Q, n) is k an ancestor of q, or q itself?
+        # (B, Q, n) is k above q, or q itself?
         above = trie.has_leaf(k, trie.leaf[q]) & (trie.depth[k] <= trie.depth[q]) & (k >= 0)
-        above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)
+        above[:, :, -Q:] |= torch.eye(Q, dtype=torch.bool, device=nodes.device)  # an empty place sees itself: no NaN
         pos, new = state.length[:, None] + trie.depth[nodes] - 1, torch.where(state.nodes >= 0, TARGET, -1)
 
         def with_prompt(item: Tensor) -> Layout:

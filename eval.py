@@ -45,7 +45,6 @@ CHECKPOINT = re.compile(r"(step|best)-\d{6,}")  # what train.py names so is its 
 SEEN = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, math.inf)}  # slices of the report: times in training
 USERS = 4096  # histories of a file that are in memory at a time
 TOKENS = 1 << (18 if torch.cuda.is_available() else 14)  # in a batch: hundreds of users on a GPU
-PATIENCE = 256  # give up being exact after so many title tokens a user (a model that knows nothing); 0: a plain beam
 
 
 # --- Metrics --------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: lis
     tokens, item, source = (x.to(device) for x in prompts)
     target = cat.trie.leaf_of_item[targets].to(device) if targets else None
     k = min(k, cat.trie.n_leaves)
-    ranking = decoder.search(tokens, item, k, args.beam, PATIENCE, source, target)
+    ranking = decoder.search(tokens, item, k, args.beam, args.patience, source, target)
     out = []
     columns = (x.tolist() for x in (ranking.leaf, ranking.score, ranking.exact, ranking.target))
     for history, leaves, scores, exact, logp in zip(histories, *columns, strict=True):
@@ -143,6 +142,12 @@ def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: lis
         if targets:
             out[-1]["nll"] = -logp
     return out
+
+
+def some(windows: list[Window], n: int) -> list[Window]:
+    """n of the windows, drawn by a fixed seed, in their order; 0: all."""
+    chosen = np.random.default_rng(0).permutation(len(windows))[: n or None]
+    return [windows[i] for i in np.sort(chosen)]
 
 
 def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window], args) -> list[dict]:
@@ -211,8 +216,8 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def mask_digest(plan: list[str]) -> str:
-    """A fingerprint of the masks of these layers, for ten items of 1 to 3 tokens. A kind may be edited after a run."""
-    items = [k for k in range(1, 11) for k in (*[k] * (1 + k % 3), 0)]
+    """A fingerprint of the masks of these layers, for items of 1 to 10 tokens. A kind may be edited after a run."""
+    items = [k for k in range(1, 11) for k in (*[k] * k, 0)]
     lay = layout(torch.tensor([[0, 0, *items, 0, TARGET, TARGET, TARGET]]))
     seen = [(kind, mask(kind, lay.item, lay.sees).tolist()) for kind in sorted(set(plan))]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
@@ -283,7 +288,7 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
     else:
         model = load(best, c["plan"], dtype)
     now = mask_digest(model.plan)
-    if c.get("mask_digest", now) != now:  # an older run has none
+    if c.get("masks", now) != now:  # an older run has none
         raise InputError(
             f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py to evaluate it"
         )
@@ -293,7 +298,7 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
 
 def make_decoder(model: Llama, cat: Catalogue, config: dict, score: str = "trie") -> Decoder:
     """With the temperature that the model was trained at."""
-    return Decoder(model, cat.trie, score, config["constants"]["TAU"] if config["loss"] == "msl" else 1.0)
+    return Decoder(model, cat.trie, score, config["constants"]["TAU"] if config["loss"] != "lml" else 1.0)
 
 
 # --- Programs: flags, processes, errors -----------------------------------------------------------------------------
@@ -391,10 +396,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", default="test", choices=("test", "valid"), help="which windows (default: %(default)s)")
     add("--k", type=whole, default=10, help="how many titles are ranked and written per user (default: %(default)s)")
     add("--beam", type=whole, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
+    add("--patience", type=number(int, 0), default=256,
+        help="give up being exact after so many title tokens; 0: a plain beam (default: %(default)s)")  # fmt: skip
     add("--score", default="trie", choices=("trie", "full"),
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
     add("--exclude_history", action="store_true", help="never recommend the prompt's own items, the last 10")
-    add("--limit", type=number(int, 0), default=0, help="evaluate the first so many windows only; 0: all")
+    add("--limit", type=number(int, 0), default=0, help="evaluate so many windows only, drawn by a fixed seed; 0: all")
     add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
     add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
@@ -498,7 +505,7 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     decoder.remember(cat.texts)
     candidate, every, start = (cat.trie.leaf_of_item >= 0).numpy(), getattr(d, args.split), time.time()
     windows = [w for w in every if candidate[w.target]]
-    dropped, windows = len(every) - len(windows), windows[: args.limit or None]
+    dropped, windows = len(every) - len(windows), some(windows, args.limit)
     if not windows:
         raise InputError(f"no target of the {args.split} windows is a candidate under --catalogue or --only")
     mine = windows[world.rank :: world.size]
@@ -529,7 +536,8 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
 
 def tag(args, catalogue) -> str:
     """What differs from the defaults, as a part of a file name: other settings never overwrite a full result."""
-    names = [x for x in ("limit", "k", "beam", "score", "exclude_history") if vars(args)[x] != vars(DEFAULTS)[x]]
+    names = "limit k beam patience score exclude_history".split()
+    names = [name for name in names if vars(args)[name] != vars(DEFAULTS)[name]]
     among = hashlib.sha256(repr(catalogue).encode()).hexdigest()[:8] if args.catalogue or args.only else ""
     return "".join(f"-{name}{vars(args)[name]}" for name in names) + (among and f"-among{among}")
 

@@ -57,7 +57,8 @@ def parse_plan(text: str, n_layers: int) -> list[str]:
     sizes = [int(share + Fraction(1, 2)) for share in shares]
     left = n_layers - sum(sizes)
     if left < 0 or (left > 0 and all(count for _, count in parts)):
-        raise InputError(f"plan '{text}' covers {sum(sizes)} layers, but the model has {n_layers}; try '{PLAN}'")
+        covers = f"covers {sum(sizes)} layers, but the model has {n_layers}"
+        raise InputError(f"plan '{text}' {covers}; one kind may go without a count, as in '{PLAN}'")
     for (kind, count), size in zip(parts, sizes, strict=True):
         plan += [kind] * (size if count else left)
     return plan
@@ -83,7 +84,7 @@ class Layout:
         key = kind, G, dtype
         if key not in self.masks:
             seen, M = mask(kind, self.item, self.sees), None
-            faster = seen.is_cuda == (dtype == torch.bfloat16)  # on a GPU for bfloat16, on a CPU for float32
+            faster = dtype == (torch.bfloat16 if seen.is_cuda else torch.float32)
             if not (self.causal and seen is self.sees and faster):
                 T = seen.shape[2]
                 # in memory a row is a multiple of 8 numbers: else a GPU's kernel makes such a copy in every layer

@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
     add("--label_smoothing", type=share, default=0.0, help="for many passes; the loss shown is of it (default: 0)")
     add("--lora", type=count, default=8, help="rank of the adapters; 0: full tuning, as always for tiny (default: 8)")
-    add("--loss", default="msl", choices=("msl", "lml"),
+    add("--loss", default="msl", choices=tuple(LOSSES),
         help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
     add("--max_steps", type=number(int, 1), default=4000, help="steps of the schedule (default: %(default)s)")
@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=1000, help="steps between two validations, each with a checkpoint")
-    add("--eval_limit", type=count, default=0, help=f"windows in a validation and in the test; 0: {VALID_WINDOWS}, all")
+    add("--eval_limit", type=count, default=0, help=f"windows drawn to validate and to test; 0: {VALID_WINDOWS}, all")
     add("--out", default="", help="folder of the run; default: out/ and what decides the result, where it is unusual")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return p
@@ -151,6 +151,9 @@ def full_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0
     return F.cross_entropy(model.logits(h), trie.token[b.next], reduction="none", label_smoothing=smoothing)
 
 
+LOSSES = {"msl": trie_nll, "lml": full_nll}  # of all but lml it is taken that they see the trie's tokens alone
+
+
 # --- What a run is made of ------------------------------------------------------------------------------------------
 
 
@@ -183,7 +186,7 @@ class Run:
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
             self.tokens = args.tokens or fitting_tokens(self)
             self.look_every = LOOK_EVERY if self.world.size == 1 else 5  # torchrun waits 30 s after Ctrl-C, then kills
-            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, args.loss == "msl")), 128)
+            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, args.loss != "lml")), 128)
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
             self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
@@ -232,13 +235,13 @@ def make_config(run: Run) -> dict:
     """All that a run depends on: its flags, the constants of train.py and data.py, the data, the base."""
     named = {n: v for module in (data, sys.modules[__name__]) for n, v in vars(module).items() if n.isupper()}
     constants = {n: v for n, v in named.items() if isinstance(v, int | float | str | list | tuple | dict)}
-    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS", "ROW"):  # another value trains no other model
+    for name in ("PLAN", "PRESETS", "TIMES", "TARGET", "MOMENTS", "ROW", "LOSSES"):  # their values change no model
         del constants[name]
     source = Path(run.base) / "source.json"
     origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base
     return vars(run.args) | {
         "constants": json.loads(json.dumps(constants)),
-        "mask_digest": eval.mask_digest(run.model.plan),
+        "masks": eval.mask_digest(run.model.plan),
         "data_folder": str(run.d.folder.resolve()),
         "digest": run.d.digest,
         "base": run.base,
@@ -264,7 +267,7 @@ def get_batch(run: Run, step: int) -> Step:
     mine = chosen[run.world.rank :: run.world.size]
     for i in (some := mine or chosen[:1]):  # DDP needs a forward of every process
         if i not in run.coded:
-            run.coded[i] = data.encode(run.cat, run.pool[i], run.args.loss == "msl")
+            run.coded[i] = data.encode(run.cat, run.pool[i], run.args.loss != "lml")
     n = data.n_title_tokens(run.cat, [run.pool[i] for i in chosen])
     return make_step(run, [run.coded[i] for i in some], 1 / n if mine else 0.0)
 
@@ -281,8 +284,7 @@ def make_step(run: Run, coded: list[dict], scale: float) -> Step:
 def loss_of(run: Run, b: Batch) -> Tensor:
     """Sum of -log p over the target tokens of a batch. Logits are computed where there is a target only."""
     h = run.net(b.tokens, layout(b.item, b.branch, b.fork, b.places, b.start), rows=b.rows)
-    nll = trie_nll if run.args.loss == "msl" else full_nll
-    return nll(run.model, run.trie, h, b, run.args.label_smoothing).sum()
+    return LOSSES[run.args.loss](run.model, run.trie, h, b, run.args.label_smoothing).sum()
 
 
 def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:
@@ -315,8 +317,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """NDCG@10, and nats per item: mean -log p of a target. Computed as eval.py does."""
-    some = np.random.default_rng(0).permutation(len(run.d.valid))[: run.args.eval_limit or VALID_WINDOWS or None]
-    windows = [run.d.valid[i] for i in np.sort(some)]
+    windows = eval.some(run.d.valid, run.args.eval_limit or VALID_WINDOWS)
     decoder = eval.make_decoder(eval.frozen(run.model, run.dtype), run.cat, run.config)
     mine = windows[run.world.rank :: run.world.size]
     found = run.world.gather(eval.predict(decoder, run.cat, run.d, mine, eval.DEFAULTS))
@@ -350,7 +351,7 @@ def train(run: Run) -> bool:
             recent, last = [], state["losses"][-LOOK_EVERY:]
             loss = mean_of_finite(last)
             # lost: none of LOOK_EVERY is finite, or none since the last validation, nor before that one
-            lost_before = all(math.isnan(line["loss"]) for line in state["log"][-1:])
+            lost_before = not state["log"] or math.isnan(state["log"][-1]["loss"])
             if math.isnan(loss) and (len(last) == LOOK_EVERY or (due and lost_before)):
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
             seconds = time.time() - start

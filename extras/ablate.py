@@ -47,9 +47,9 @@ PLANS = (  # the most valuable first: what is finished when time runs out should
 COLUMNS = (*eval.NAMES, "nll", "valid_NDCG@10", "valid_nll")  # of the table
 LEARNT = ("loss", "valid_nll", "valid_NDCG@10")  # what `curves` shows of metrics.jsonl
 PAIRED = ("NDCG@10", "nll")  # compared with the plain LLM's window by window
-NOTE = """mean ± standard deviation over seeds; nll: nats per item; valid: at the best validation, of all targets;
-- all-OR: by window, over the seeds that both have, and in brackets a 95% bootstrap interval over users, which says
-nothing about other seeds: a small one beside a large deviation over seeds proves nothing"""
+NOTE = """mean ± standard deviation over seeds; nll: nats per item, -log p of the target's title; valid: at the best
+validation, of all targets; less OR: by window, over the seeds that both have, and in brackets a 95% bootstrap interval
+over users, which says nothing about other seeds: a small one beside a large deviation over seeds proves nothing"""
 LOOKS = """Whose attention: header, the token before the title; title, its tokens; history, the items' tokens. What it
 goes to: within, the same item (a token is within its own); across, other items (to the header all are); context, the
 instruction and separators; first, the text's first token."""
@@ -277,7 +277,7 @@ def mean_std(v: dict | None, form: str = ".4f") -> str:
 
 
 def markdown(made: dict) -> str:
-    head = ["plan", "seeds", *COLUMNS, *(f"{name} - all-OR" for name in PAIRED)]
+    head = ["plan", "seeds", *COLUMNS, *(f"{name} less OR" for name in PAIRED)]
     title, notes = f"## {made['setting']}\n", "".join(f"; {note}" for note in made["notes"])
     lines = [title, f"{made['n']:,} test windows{notes}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in made["rows"]:

@@ -234,7 +234,8 @@ def test_validation_is_eval_on_the_validation_split(name, made):
 
 @pytest.mark.parametrize("more, file", [
     ("", "test"), ("--score full", "test-scorefull"), ("--exclude_history", "test-exclude_historyTrue"),
-    ("--limit 2 --split valid", "valid-limit2"), ("--beam 5", "test-beam5"), ("--limit 5", "test-limit5")])  # fmt: skip
+    ("--limit 2 --split valid", "valid-limit2"), ("--patience 0", "test-patience0"), ("--limit 5", "test-limit5"),
+])  # fmt: skip
 def test_main_writes_what_it_prints(made, capsys, more, file):
     """results, the table, and the metrics of predictions are the same numbers; other settings have other files."""
     before = files(made / "tiny")
@@ -242,7 +243,8 @@ def test_main_writes_what_it_prints(made, capsys, more, file):
     d, shown, now = ev.load_run(made / "tiny")[2], capsys.readouterr().out, files(made / "tiny")
     changed = {name for name in now if before.get(name) != now[name]}
     assert changed <= {f"results-{file}.json", f"predictions-{file}.jsonl"}
-    windows = d.valid[:2] if "valid" in more else d.test[: 5 if "limit" in more else None]
+    windows = ev.some(d.valid, 2) if "valid" in more else ev.some(d.test, 5) if "limit" in more else d.test
+    assert len(windows) == (2 if "valid" in more else 5 if "limit" in more else len(d.test))
     found, saved = lines(made / f"tiny/predictions-{file}.jsonl"), json.loads(now[f"results-{file}.json"])
     result = saved["model"]
     assert [(p["user"], p["target"]) for p in found] == [(w.user, d.ids[w.target]) for w in windows]

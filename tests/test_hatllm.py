@@ -78,7 +78,7 @@ def may_look(kind: str, i: int, j: int, item, branch, fork) -> bool:
     both_items = item[i] > 0 and item[j] > 0
     if kind == "IN":
         return not (both_items and item[i] != item[j])
-    if kind.startswith("CR") and both_items and item[i] == item[j]:
+    if kind in ("CR", "CR-own", "CR-last") and both_items and item[i] == item[j]:
         return kind != "CR" and item[i] == TARGET
     if kind == "CR-last" and item[j] > 0:
         return j + 1 == len(item) or item[j + 1] != item[j]

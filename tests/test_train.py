@@ -392,11 +392,18 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
         near = (item[:, :, None] - item[:, None, :] < 3) | (item == hatllm.TARGET)[:, :, None]
         return hatllm.mask(kind, item, sees) & near
 
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "mask", last_three)
-        refused("mask_digest was")
-        with refuses(out, "other masks of IN:1/4 OR CR:1/4"):
-            evaluation.load_run(out)
+    def first_five(kind, item, sees):  # tokens of another item
+        begins = F.pad(item[:, 1:] != item[:, :-1], (1, 0), value=True)
+        at = torch.arange(item.shape[1])
+        near = (at - torch.where(begins, at, 0).cummax(1).values < 5)[:, None, :]
+        return hatllm.mask(kind, item, sees) & (near | (item[:, :, None] == item[:, None, :]))
+
+    for edited in (last_three, first_five):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "mask", edited)
+            refused("masks was")
+            with refuses(out, "other masks of IN:1/4 OR CR:1/4"):
+                evaluation.load_run(out)
     path = mine / "model.safetensors"
     save_file({k: v * 1.5 for k, v in load_file(path).items()}, path)
     refused("base_digest was")
@@ -506,7 +513,7 @@ def make_run(shop: Path, *argv, **flags) -> train.Run:
 
 
 def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> float:
-    coded = [data.encode(r.cat, e, r.args.loss == "msl") for e in some]
+    coded = [data.encode(r.cat, e, r.args.loss != "lml") for e in some]
     batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, some))
     assert len(batch.forwards) > 1 or r.tokens > 100
     assert any(b.start is not None and b.start.any() for b in batch.forwards) == r.pack
