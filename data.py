@@ -11,12 +11,14 @@ import contextlib
 import copy
 import csv
 import functools
+import gc
 import gzip
 import hashlib
 import itertools
 import math
 import os
 import random
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,7 @@ from model import Config
 PRESETS = ("ml-100k", "beauty", "office", "books")
 TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
 csv.field_size_limit(2**31 - 1)  # a long sequence is one field
+gc.set_threshold(100_000)  # looking through millions of tuples for cycles would take half of the time to load them
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL). It decides too which windows there are
 TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
@@ -185,7 +188,12 @@ class Dataset:
     def future(self) -> dict[str, Window]:
         """user -> the window that comes after all of the user's items, those held out included; its target is None."""
         windows = sorted((*self.train, *self.valid, *self.test), key=lambda w: w.time)  # a user's last one counts
-        return {w.user: Window([*w.history, w.target][-HISTORY:], None, w.user, math.inf) for w in windows}
+        last = {w.user: [*w.history, w.target] for w in windows}
+        return {user: Window(items[-HISTORY:], None, user, math.inf) for user, items in last.items()}
+
+    @functools.cached_property
+    def users(self) -> set[str]:
+        return {w.user for w in (*self.train, *self.valid, *self.test)}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -194,10 +202,9 @@ class Dataset:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
-        users = {w.user for part in (self.train, self.valid, self.test) for w in part}
         sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,}"
         name, left_out = self.folder.name, f"; {self.left_out:,} more users have too few items (--core, --split)"
-        text = f"{name}: {len(users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
+        text = f"{name}: {len(self.users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
         return text + left_out * (self.left_out > 0)
 
 
@@ -205,7 +212,7 @@ def core(users: dict, k: int) -> dict:
     """Drops users and items with fewer than k interactions until none is left that has (the k-core)."""
     while True:
         count = Counter(i for s in users.values() for i, _ in s)
-        kept = {u: [(i, t) for i, t in s if count[i] >= k] for u, s in users.items()}
+        kept = {u: [pair for pair in s if count[pair[0]] >= k] for u, s in users.items()}
         kept = {u: s for u, s in kept.items() if len(s) >= max(k, 2)}
         if kept == users:
             return kept
@@ -273,6 +280,7 @@ def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "titl
     if HISTORY < 1 or TIES not in ("file", "shuffled") or len(PROMPT) != 3:
         raise InputError("data.py: HISTORY is 1 at least, TIES is 'file' or 'shuffled', PROMPT has three parts")
     folder = find(name)
+    print(f"reading {folder}", file=sys.stderr)  # of millions it takes a minute
     items = read_items(folder / "items.tsv", columns)
     index, titled = {x: i for i, x in enumerate(items)}, [bool(x.title) for x in items.values()]
     windows, sequences = ([*folder.glob(f"{x}.tsv"), *folder.glob(f"{x}.tsv.gz")] for x in ("windows", "sequences"))
@@ -281,9 +289,9 @@ def load(name: str | Path, split: str = "time", k: int = 5, columns: str = "titl
     if windows:
         rows = read_windows(folder, index, titled)
         return catalogued(folder, items, rows, chain(rows["train"]))
-    users = {u: [(i, t) for i, t in s if titled[i]] for u, s in read_sequences(folder, index).items()}
+    users = {u: [pair for pair in s if titled[pair[0]]] for u, s in read_sequences(folder, index).items()}
     d = catalogued(folder, items, *(split_loo if split == "loo" else split_time)(core(users, k)))
-    d.left_out = len(users) - len(d.future)
+    d.left_out = len(users) - len(d.users)
     return d
 
 
@@ -293,7 +301,7 @@ def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequ
         sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
         raise InputError(f"{folder}: {sizes} windows, but each needs one at least; give more users or a lower --core")
     windows = [w for part in rows.values() for w in part]
-    kept = sorted({i for s in sequences for i in s} | {i for w in windows for i in (*w.history, w.target)})
+    kept = sorted(set().union(*sequences, *(w.history for w in windows), (w.target for w in windows)))
     new = {old: i for i, old in enumerate(kept)}
     parts = {}
     for name, part in rows.items():

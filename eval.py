@@ -262,16 +262,17 @@ def find_base(out: Path, c: dict, given: str = "") -> Path:
     return base
 
 
-def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tuple[Llama, Catalogue, Dataset, dict]:
+def load_run(out, folder="", base="", catalogue="", only="", d=None) -> tuple[Llama, Catalogue, Dataset, dict]:
     """The best model of a run of train.py with its adapters merged, the catalogue, the data, the run's config. Paths
-    as str or Path. catalogue: a newer items.tsv. only: a file of ids, the candidates among its items."""
+    as str or Path. folder, base: where its data and base are now. catalogue: a newer items.tsv. only: a file of ids,
+    the candidates among its items. d: its data, if they are loaded already."""
     out = Path(out)
     c = read_run(out)
     for name in ("PROMPT", "HISTORY", "TEXT_TOKENS"):
         value = c["constants"].get(name)
         if value != json.loads(json.dumps(getattr(data, name))):
             raise InputError(f"{out} was trained with {name} = {value!r}; put that back into data.py to evaluate it")
-    d, best = load_data(out, c, data_folder), newest(out, "best")
+    d, best = d or load_data(out, c, folder), newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
     d, candidates = data.renew(d, Path(catalogue), c["columns"]) if catalogue else (d, range(len(d.ids)))
@@ -284,7 +285,7 @@ def load_run(out, data_folder="", base_folder="", catalogue="", only="") -> tupl
         raise InputError(f"{only or catalogue} names no item that has a title and is in the catalogue")
     device, dtype = device_and_dtype(c["dtype"], not c["base"])
     if (best / "adapter_config.json").exists():
-        model = load_lora(load(find_base(out, c, base_folder), c["plan"], dtype), best)
+        model = load_lora(load(find_base(out, c, base), c["plan"], dtype), best)
     else:
         model = load(best, c["plan"], dtype)
     now = mask_digest(model.plan)
@@ -447,7 +448,7 @@ class Recommender:
         items = [self.of_title.get(x, self.of_title.get(x.lower(), self.of_id.get(x))) for x in names]
         if None in items:
             unknown, titles = names[items.index(None)], {t.lower(): t for t in self.d.titles}
-            near = [titles[t] for t in difflib.get_close_matches(unknown.lower(), titles, 3, 0.4)]
+            near = [titles[t] for t in difflib.get_close_matches(unknown.lower(), titles)]
             near = near or [t for t in self.d.titles if unknown.lower() in t.lower()][:3]
             near = "near: " + ", ".join(f'"{t}"' for t in near) if near else "none is near"
             raise InputError(f'no item is called "{unknown}"; {near}')

@@ -570,12 +570,13 @@ def print_start(run: Run):
     targets = sum(len(e.targets) for e in run.pool)
     print(f"{run.d.summary()}\nplan {' '.join(run.model.plan)}")
     print(f"{every:,} parameters, {trained:,} trained, on {run.device} in {str(run.dtype)[6:]}")
-    print(f"{targets:,} targets in {len(run.pool):,} examples, {run.steps:,} steps of {run.args.batch}; {run.args.out}")
+    learnt, passes = f"{targets:,} targets in {len(run.pool):,} examples", run.steps / run.per_epoch
+    print(f"{learnt}, {run.steps:,} steps of {run.args.batch} ({passes:.1f} passes); {run.args.out}")
 
 
 def test_best(run: Run):
     """The table at the end: the best checkpoint on the test split, beside popularity."""
-    model, cat, d, c = eval.load_run(run.out)
+    model, cat, d, c = eval.load_run(run.out, d=run.d)
     args = eval.make_parser().parse_args(["--limit", str(run.args.eval_limit)])
     eval.test(eval.make_decoder(model, cat, c), cat, d, args, run.out, run.world, c["base_source"])
 

@@ -117,7 +117,7 @@ def train_epoch(model: SASRec, optimizer, learnt: list[list[int]], rng: np.rando
     model.train()
     order, losses = rng.permutation(len(learnt)), []
     steps = data.batches([len(learnt[i]) - 1 for i in order], TOKENS)
-    for s in rng.permutation(len(steps)):
+    for s in tqdm(rng.permutation(len(steps)), "epoch", leave=False, disable=None):
         x = data.pad([learnt[i] for i in order[steps[s]]], -1).to(model.item.weight.device)
         loss = model.loss(x, negatives)
         optimizer.zero_grad()

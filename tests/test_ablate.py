@@ -401,7 +401,7 @@ def test_attention_and_its_base(runs, shop, tmp_path, capsys):
     assert (
         png.read_bytes().startswith(b"\x89PNG") and "another model in 4 bits" in shown and ", 1 test windows" in shown
     )
-    tuned, cat, d, _ = load_run(out, base_folder=base)
+    tuned, cat, d, _ = load_run(out, base=base)
     some = [d.test[i] for i in sorted(np.random.default_rng(0).permutation(len(d.test))[:1])]
     coded = [data.encode(cat, e, False) for e in data.window_examples(some)]
     models = {"trained, plan IN:1 OR": tuned} | {f"base, plan {p}": load(base, p) for p in ("OR", "IN:1 OR")}
