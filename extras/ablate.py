@@ -257,7 +257,8 @@ def rows_of(runs: list[dict], out: Path) -> list[dict]:
     c, n = runs[0], len(runs[0]["nll"])
     rows = [{"name": "popularity", "seeds": [], "metrics": over_seeds([c["popularity"]])}]
     places = out.resolve(), out.resolve().parent
-    for b in [read_json(path) for folder in places for path in folder.glob("baselines-*.json")]:
+    kinds = {"flags": dict, "popularity": dict, "runs": list}
+    for b in [read_json(path, kinds) for folder in places for path in folder.glob("baselines-*.json")]:
         if b.get("digest") == c["digest"]:
             asked = b["flags"]["history"], b["flags"]["exclude_history"]
             title = "SASRec" if asked == (data.HISTORY, False) else f"SASRec (history, excluded: {asked})"

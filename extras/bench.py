@@ -195,9 +195,9 @@ def bench_cache(args) -> dict:
     r, (*prompts, source), head = set_up(args, args.plan)
     plain = Llama(r.model.config, "OR").to(r.device, r.dtype).eval()
     plain.load_state_dict(r.model.state_dict(), assign=True)
-    ours = Decoder(r.model, r.cat.trie)
+    theirs, ours = (Decoder(model, r.cat.trie) for model in (plain, r.model))
     ours.remember(r.cat.texts)
-    sides = {"OR": lambda _: Decoder(plain, r.cat.trie).prefill(*prompts)}
+    sides = {"OR": lambda _: theirs.prefill(*prompts)}
     sides |= {"hierarchy": lambda _: ours.prefill(*prompts, source)}
     with torch.inference_mode():
         found = in_turns(sides, args.rounds, "users", len(prompts[0]))

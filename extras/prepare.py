@@ -37,9 +37,9 @@ from hatllm import InputError
 
 NAMES = {  # what a column may be called, the most telling first; in small letters, without _ and the like
     "user": "userid user uid reviewerid customerid customer memberid visitorid sessionid".split(),
-    "item": "parentasin asin itemid item movieid productid articleid bookid sku stockcode".split(),
+    "item": "parentasin asin itemid movieid productid articleid bookid sku stockcode item".split(),
     "time": "unixreviewtime timestamp times time unixtime datetime date eventtime createdat orderdate".split(),
-    "title": "title itemtitle producttitle movietitle booktitle name itemname productname product".split(),
+    "title": "title itemtitle producttitle movietitle booktitle itemname productname name product".split(),
 }
 MOVIELENS = {  # files without a header: what stands between the columns, and the first columns
     "u.data": ("\t", "user item rating timestamp"),
@@ -73,10 +73,10 @@ def lines(path, notes):
         bar = tqdm(file, desc=path.name, unit=" lines", unit_scale=True, leave=False, disable=None)
         for number, line in enumerate(bar, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                note(notes, "lines are not UTF-8 and were read as Latin-1", f"{path}, line {number}")
-                yield line.decode("latin-1")
+                note(notes, "lines are not UTF-8 and were read as Windows-1252", f"{path}, line {number}")
+                yield line.decode("cp1252", "replace")
 
 
 def json_rows(path, text, wanted):
@@ -98,15 +98,15 @@ def table_rows(path, text, _):
     name, first = path.name.removesuffix(".gz"), next(text)
     between, columns = MOVIELENS.get(name, (max("\t,;|", key=first.count), ""))
     typed = re.search(r":(token|float)(_seq)?\s*$", first)  # RecBole's header: item_id:token, title:token_seq
-    quoted = not typed and not columns  # else a quote is text
-    quoting = csv.QUOTE_MINIMAL if quoted and between != "\t" else csv.QUOTE_NONE
-    in_tabs = quoted and between == "\t"  # there csv would read on as far as the next quote, over many lines
+    # else a quote is text; between tabs csv would read on as far as the next one, over many lines
+    quoting = csv.QUOTE_NONE if columns or between == "\t" else csv.QUOTE_MINIMAL
     text = itertools.chain([first], text)
     if between == "::":  # csv knows single characters only
         text, between = (line.replace("::", "\x1f") for line in text), "\x1f"
-    table = csv.DictReader(text, columns.split() or None, delimiter=between, quoting=quoting, strict=True)
+    known = dict(delimiter=between, quoting=quoting, strict=True, skipinitialspace=True)
+    table = csv.DictReader(text, columns.split() or None, **known)
     try:
-        table.fieldnames = [c.split(":")[0] if typed else unquoted(c).strip() for c in table.fieldnames]
+        table.fieldnames = [c.split(":")[0] if typed else unquoted(c) for c in table.fieldnames]
         if any(n > 1 for name, n in Counter(table.fieldnames).items() if name):
             raise InputError(f"{path}, line 1: a column stands there twice")
         for row in table:
@@ -114,7 +114,7 @@ def table_rows(path, text, _):
                 row.pop(None, None)  # the further columns
             if None in row or None in row.values():
                 raise InputError(f"{path}, line {table.line_num}: not {len(table.fieldnames)} columns")
-            yield table.line_num, {c: unquoted(value) for c, value in row.items()} if in_tabs else row
+            yield table.line_num, {c: unquoted(value) for c, value in row.items()} if between == "\t" else row
     except csv.Error as e:
         where = f"{path}, line {table.reader.line_num}"
         raise InputError(f"{where}: {e}; does a text that begins with a quote end with one?") from None
@@ -128,12 +128,12 @@ def unquoted(text):
 
 def find_columns(where, row, names, needed):
     """names: {role: what its column may be called} -> {role: column}. The needed roles must have one."""
-    there, found = {plain(column): column for column in row} | {column: column for column in row}, {}
+    there, found = {plain(column): column for column in row}, {}
     for role, telling in names.items():
-        found[role] = next((there[name] for word in telling for name in (word, plain(word)) if name in there), None)
+        found[role] = next((there[plain(word)] for word in telling if plain(word) in there), None)
         if role in needed and found[role] is None:
-            asked, there = " or ".join(telling[:3]), ", ".join(row)
-            raise InputError(f"{where}: no column of {role}s ({asked}); name it with --{role}; there are: {there:.200}")
+            asked, columns = " or ".join(telling[:3]), ", ".join(row)
+            raise InputError(f"{where}: no column of {role}s ({asked}); --{role} names it; there are: {columns:.200}")
     return found
 
 
@@ -143,7 +143,7 @@ def plain(name):
 
 
 def bare(value):
-    known = isinstance(value, (str, int, float)) and value == value  # NaN is not
+    known = isinstance(value, str | int | float) and value == value  # NaN is not
     return str(value).strip() if known else ""
 
 
@@ -184,8 +184,11 @@ def read_interactions(path, notes, given=NAMES):
             what = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
             note(notes, what, f"{where}, {row.get(column['time'])!r:.40}")
         elif item.split() != [item] or "\t" in user or len(user.splitlines()) > 1:
-            what = f"an item id with a space in it, or a user id with a tab ({item!r:.40}, {user!r:.40})"
-            raise InputError(f"{where}: {what}; write them without, in both files")
+            note(
+                notes,
+                "interactions whose item id has a space, or user id a tab, are left out",
+                f"{where}, {item!r:.40}",
+            )
         else:
             events = users.setdefault(user, {})
             if (time, item) in events:
@@ -211,7 +214,7 @@ def read_items(path, notes, given=NAMES, wanted=None):
         elif not title:
             note(notes, "lines of items without a title are left out", where)
         elif item not in items:
-            further = {clean(c): clean(value) for c, value in row.items() if isinstance(value, (str, int, float))}
+            further = {clean(c): clean(value) for c, value in row.items() if isinstance(value, str | int | float)}
             for name in ("", "item_id", "title", *column.values()):
                 further.pop(name, None)
             items[item] = {"title": title} | further
@@ -237,7 +240,7 @@ def write(folder, items, users):
     # users by id, numbers in their order; sorted is stable: equal times keep the file's order
     ordered = ((user, sorted(users[user], key=itemgetter(0))) for user in sorted(users, key=lambda u: (len(u), u)))
     table = ((user, " ".join(i for _, i in events), " ".join(str(t) for t, _ in events)) for user, events in ordered)
-    write_table(folder / "sequences.tsv.gz", ["user_id", "item_ids", "timestamp"], table)
+    write_table(folder / "sequences.tsv.gz", ["user_id", "item_ids", "times"], table)
     return f"{len(users):,} users, {len(items):,} items, {sum(map(len, users.values())):,} interactions"
 
 
@@ -246,6 +249,7 @@ def prepare(interactions, catalogue, out, given=NAMES, all_items=False):
     interactions, catalogue, out, notes = Path(interactions), Path(catalogue), Path(out), {}
     if out.exists():
         raise InputError(f"{out} is there already: give another --out, or move it away")
+    out.parent.mkdir(parents=True, exist_ok=True)
     users, first, column = read_interactions(interactions, notes, given)
     if column:  # where both files have it, it is the same
         given = given | {"item": [column, *given["item"]]}
@@ -261,7 +265,6 @@ def prepare(interactions, catalogue, out, given=NAMES, all_items=False):
     if not users:
         why = "; ".join(f"{where}: {what}" for what, (_, where) in notes.items() if "interactions" in what)
         raise InputError(f"{interactions}: no interaction is left ({why or 'it has none'})")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()

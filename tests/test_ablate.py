@@ -41,7 +41,8 @@ def small():
 def shop(tmp_path_factory):
     """A made data set: 30 items, 40 users, some with several windows."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
-    lines = ["item_id\ttitle", *(f"i{i}\t{'red' if i % 2 else 'blue'} {chr(65 + i)}" for i in range(30))]
+    letters = [chr(65 + i % 26) for i in range(30)]  # four titles are borne by two items
+    lines = ["item_id\ttitle", *(f"i{i}\t{'red' if i % 2 else 'blue'} {x}" for i, x in enumerate(letters))]
     (folder / "items.tsv").write_text("\n".join(lines))
     lines = ["user_id\titem_ids\ttimes"]
     for u in range(40):

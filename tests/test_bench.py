@@ -101,3 +101,11 @@ def test_rounds_alternate_and_memory_is_seen():
     runs = bench.in_turns(sides, 3, "calls", 1)
     assert "".join(calls) == "abbaab" and runs["b"][0] == tuple(5 * 2**20 + r for r in range(3))
     assert all(row["MiB"] == 0 or 15 < row["MiB"] < 60 for _, row in runs.values()) and runs["a"][1]["ratio"] == 1
+
+
+def test_a_ratio_above_one_is_faster(monkeypatch):
+    """The first round does not count; the ratio is that of a round."""
+    monkeypatch.setattr(bench, "measure", lambda f, r: (None, f(r), 0.0))
+    sides = {"theirs": [9.0, 2.0, 8.0, 6.0].__getitem__, "ours": [1.0, 1.0, 2.0, 3.0].__getitem__}
+    theirs, ours = (row for _, row in bench.in_turns(sides, 4, "users", 6).values())
+    assert (theirs["users/s"], ours["users/s"], theirs["ratio"], ours["ratio"]) == (1, 3, 1, 2)

@@ -12,7 +12,7 @@ import data
 from extras import prepare
 
 A, B, C = 1400000000, 1400086400, 1400172800  # 2014-05-13, -14, -15 at 16:53:20
-SEQUENCES = f"user_id\titem_ids\ttimestamp\n1\t1 2\t{A} {B}\n2\t2\t{C}\n"
+SEQUENCES = f"user_id\titem_ids\ttimes\n1\t1 2\t{A} {B}\n2\t2\t{C}\n"
 EVENTS = [("1", "2", B), ("2", "2", C), ("1", "1", A)]
 
 
@@ -54,6 +54,9 @@ FORMATS = {  # interactions, items, further columns of the items
     ),
     "one file": (sales := ("s.tsv", "name\tuser\titem\tdate\nInk\t1\t2\t2014-05-14T16:53:20\n"
                  "Ink\t2\t2\t2014-05-15 18:53:20+02:00\nPen\t1\t1\t2014-05-13 16:53:20 UTC\n"), sales, []),
+    "one file, names of customers and kinds of items": (
+        shop := ("s.txt", "customer_id|name|item|sku|product_name|date\n"
+                 + lines('{u}|Jane|pens|{i}| "{i}"|{t}').replace('"1"', '"Pen"').replace('"2"', '"Ink"')), shop, []),
     "RecBole": (
         ("x.inter", "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + lines("{u}\t{i}\t5.0\t{t}.0")),
         ("x.item", 'item_id:token\ttitle:token_seq\tbrand:token\n1\tPen\t"Old" pens\n2\tInk\t\n'),
@@ -95,22 +98,22 @@ def test_every_format_gives_the_same_folder(tmp_path, name):
 
 
 def test_awkward_titles_through_to_the_data_set(tmp_path):
-    """Quoted commas, line breaks and tabs move no column; entities and Latin-1 become what they stand for."""
-    titles = ['Pen, red "fine"', "Two\r\nlines", "A\ttab", "R&amp;D", '5" nail', "Crème", " 墨水 ★ ", "Two\u2028more"]
+    """Quoted commas, line breaks and tabs move no column; entities and Windows-1252 become what they stand for."""
+    titles = ['Pen, red "fine"', "Two\r\nlines", "A\ttab", "R&amp;D", '5" nail', "Crème’s", " 墨水 ★ ", "Two\u2028more"]
     quoted = ['"' + t.replace('"', '""') + '"' for t in titles]
     items = b"\n".join(
-        [b"item,title", *(f"i{n},{t}".encode("latin-1" if "è" in t else "utf-8") for n, t in enumerate(quoted))]
+        [b"item,title", *(f"i{n},{t}".encode("cp1252" if "è" in t else "utf-8") for n, t in enumerate(quoted))]
     )
     rng = random.Random(0)
     events = [(f"user {u}", f"i{i}", rng.random() * 1e9) for u in range(20) for i in rng.sample(range(8), 5)]
     _, _, notes = made(tmp_path, ("r.csv", "user,item,time\n" + lines("{u},{i},{t}", events)), ("i.csv", items))
     d = data.load(tmp_path / "made", "time", 0)
-    expected = ['Pen, red "fine"', "Two lines", "A tab", "R&D", '5" nail', "Crème", "墨水 ★", "Two more"]
+    expected = ['Pen, red "fine"', "Two lines", "A tab", "R&D", '5" nail', "Crème’s", "墨水 ★", "Two more"]
     assert dict(zip(d.ids, d.titles, strict=True)) == {f"i{n}": t for n, t in enumerate(expected)}
     seen = data.read_sequences(d.folder, {x: x for x in d.ids})
     users = {u for u, _, _ in events}
     assert seen == {user: [(i, t) for u, i, t in sorted(events, key=lambda e: e[2]) if u == user] for user in users}
-    assert list(notes.values()) == [[1, f"{tmp_path}/i.csv, line 8"]] and "Latin-1" in list(notes)[0]
+    assert list(notes.values()) == [[1, f"{tmp_path}/i.csv, line 8"]] and "Windows-1252" in list(notes)[0]
 
 
 def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
@@ -154,19 +157,32 @@ def test_the_order_of_the_interactions_tells_nothing_but_ties(tmp_path):
 
 
 def test_what_is_left_out_is_counted_with_the_first_line(tmp_path):
-    rows = ["u,a,100", "u,a,100", "u,a,200", "v,a,yesterday", ",a,100", "u,x,100", "v,,", "u,x,1", "w,y,5", "u,a,100"]
+    rows = [
+        "u,a,100",
+        "u,a,100",
+        "u,a,200",
+        "u,b c,9",
+        "v,a,yesterday",
+        ",a,100",
+        "u,x,100",
+        "v,,",
+        "u,x,1",
+        "w,y,5",
+        "u,a,100",
+    ]
     items = "item,title\nb,Nobody's\na,Pen\ny, \na,Pen\na,Other\n"
     found, sequences, notes = made(tmp_path, ("r.csv", "user,item,time\n" + "\n".join(rows)), ("i.csv", items))
-    assert found == "item_id\ttitle\na\tPen\n" and sequences == "user_id\titem_ids\ttimestamp\nu\ta a\t100 200\n"
+    assert found == "item_id\ttitle\na\tPen\n" and sequences == "user_id\titem_ids\ttimes\nu\ta a\t100 200\n"
     r, i = f"{tmp_path}/r.csv, line ", f"{tmp_path}/i.csv, line "
     expected = [
         ("duplicates", 2, r + "3"),
-        ("time is no", 1, r + "5, 'yesterday'"),
-        ("without a user", 2, r + "6"),
+        ("has a space", 1, r + "5, 'b c'"),
+        ("time is no", 1, r + "6, 'yesterday'"),
+        ("without a user", 2, r + "7"),
         ("nobody", 1, i + "2"),
         ("without a title", 1, i + "4"),
         ("another title", 1, i + "6"),
-        ("no title of", 3, r + "7"),
+        ("no title of", 3, r + "8"),
     ]
     assert len(notes) == len(expected)
     for (what, n_first), (words, n, first) in zip(notes.items(), expected, strict=True):
@@ -191,7 +207,7 @@ BAD = [  # interactions, items, what the sentence names
     ("196\t242\t3\t881250949\n1\t2\t3\t4\n", "", ["r.csv", "--user"]), (GOOD + "u,a\n", "", ["r.csv, line 3", "3 col"]),
     (GOOD + "u,a,1,2\n", "", ["r.csv, line 3", "3 col"]), ("user,item,time,user\nu,a,1,v\n", "", ["line 1", "twice"]),
     (GOOD + 'u,"a"b,1\n', "", ["r.csv, line 3", "quote"]), (GOOD + 'u,"a', "", ["r.csv, line 3", "quote"]),
-    (GOOD + "u,a b,1\n", "", ["r.csv, line 3", "a b", "space"]), (GOOD + '"u\tv",a,1\n', "", ["r.csv, line 3", "tab"]),
+    ("user,item,time\nu,a b,1\n", "item,title\na b,Pen\n", ["r.csv, line 2", "a b", "space"]),
     ('{"user": "u", "item": "a", "time": 1}\n["user"]\n', "", ["r.csv, line 2", "JSON"]),
     ('[{"user": "u",\n', "", ["r.csv, line 1", "JSON"]),
     (GOOD, "{'asin': 'a', 'title': 'open\n", ["i.csv, line 1", "JSON"]),

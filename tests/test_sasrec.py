@@ -12,6 +12,7 @@ import torch
 from conftest import spread
 
 import data
+import eval
 from extras import sasrec
 from extras.sasrec import MAX_LEN, SASRec, fit, histories, main, make_parser, pieces, ranks
 from hatllm import InputError
@@ -151,10 +152,14 @@ def test_learns_what_can_be_learnt(tmp_path, monkeypatch):
     monkeypatch.setattr(sasrec, "TOKENS", 128)
     d, path = load(tmp_path, walks(150)), tmp_path / f"out/baselines-{tmp_path.name}-loo-core0.json"
     more = "--split loo --core 0 --hidden 2 32 --dropout 0.1 --lr 5e-3 --epochs 3 --seeds 2".split()
-    main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *more])
+    argv = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), *more]
+    main(argv)
     found = json.loads(path.read_text())
     assert found["SASRec"]["HR@1"] > 0.8 and found["popularity"]["HR@1"] < 0.3 and found["digest"] == d.digest
     assert [(r["seed"], r["hidden"]) for r in found["runs"]] == [(0, 32), (1, 32)] and len(found["grid"]) == 2
+    m, args = fit(d, make_parser().parse_args(argv), 32, 0.1, 0)[0], make_parser().parse_args(argv)
+    valid, test = (eval.metrics(*ranks(m, d, part, args)) for part in ("valid", "test"))
+    assert valid != test and test.items() <= found["runs"][0]["test"].items()
     assert found["SASRec"]["NDCG@10"] == pytest.approx(np.mean([r["test"]["NDCG@10"] for r in found["runs"]]))
 
 
