@@ -144,7 +144,7 @@ def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: lis
     return out
 
 
-def some(windows: list[Window], n: int) -> list[Window]:
+def sample(windows: list[Window], n: int) -> list[Window]:
     """n of the windows, drawn by a fixed seed, in their order; 0: all."""
     chosen = np.random.default_rng(0).permutation(len(windows))[: n or None]
     return [windows[i] for i in np.sort(chosen)]
@@ -506,7 +506,7 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     decoder.remember(cat.texts)
     candidate, every, start = (cat.trie.leaf_of_item >= 0).numpy(), getattr(d, args.split), time.time()
     windows = [w for w in every if candidate[w.target]]
-    dropped, windows = len(every) - len(windows), some(windows, args.limit)
+    dropped, windows = len(every) - len(windows), sample(windows, args.limit)
     if not windows:
         raise InputError(f"no target of the {args.split} windows is a candidate under --catalogue or --only")
     mine = windows[world.rank :: world.size]

@@ -317,7 +317,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """NDCG@10, and nats per item: mean -log p of a target. Computed as eval.py does."""
-    windows = eval.some(run.d.valid, run.args.eval_limit or VALID_WINDOWS)
+    windows = eval.sample(run.d.valid, run.args.eval_limit or VALID_WINDOWS)
     decoder = eval.make_decoder(eval.frozen(run.model, run.dtype), run.cat, run.config)
     mine = windows[run.world.rank :: run.world.size]
     found = run.world.gather(eval.predict(decoder, run.cat, run.d, mine, eval.DEFAULTS))

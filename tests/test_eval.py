@@ -243,7 +243,7 @@ def test_main_writes_what_it_prints(made, capsys, more, file):
     d, shown, now = ev.load_run(made / "tiny")[2], capsys.readouterr().out, files(made / "tiny")
     changed = {name for name in now if before.get(name) != now[name]}
     assert changed <= {f"results-{file}.json", f"predictions-{file}.jsonl"}
-    windows = ev.some(d.valid, 2) if "valid" in more else ev.some(d.test, 5) if "limit" in more else d.test
+    windows = ev.sample(d.valid, 2) if "valid" in more else ev.sample(d.test, 5) if "limit" in more else d.test
     assert len(windows) == (2 if "valid" in more else 5 if "limit" in more else len(d.test))
     found, saved = lines(made / f"tiny/predictions-{file}.jsonl"), json.loads(now[f"results-{file}.json"])
     result = saved["model"]
