@@ -401,7 +401,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="give up being exact after so many title tokens; 0: a plain beam (default: %(default)s)")  # fmt: skip
     add("--score", default="trie", choices=("trie", "full"),
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
-    add("--exclude_history", action="store_true", help="never recommend the prompt's own items, the last 10")
+    add("--exclude_history", action="store_true", help="never recommend the prompt's own items")
     add("--limit", type=number(int, 0), default=0, help="evaluate so many windows only, drawn by a fixed seed; 0: all")
     add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")

@@ -151,7 +151,7 @@ def full_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0
     return F.cross_entropy(model.logits(h), trie.token[b.next], reduction="none", label_smoothing=smoothing)
 
 
-LOSSES = {"msl": trie_nll, "lml": full_nll}  # of all but lml it is taken that they see the trie's tokens alone
+LOSSES = {"msl": trie_nll, "lml": full_nll}  # all but lml look at what the trie allows alone: see Catalogue.target
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------

@@ -128,9 +128,9 @@ def unquoted(text):
 
 def find_columns(where, row, names, needed):
     """names: {role: what its column may be called} -> {role: column}. The needed roles must have one."""
-    there, found = {plain(column): column for column in row}, {}
+    there, found = {plain(column): column for column in row} | {column: column for column in row}, {}
     for role, telling in names.items():
-        found[role] = next((there[plain(word)] for word in telling if plain(word) in there), None)
+        found[role] = next((there[name] for word in telling for name in (word, plain(word)) if name in there), None)
         if role in needed and found[role] is None:
             asked, columns = " or ".join(telling[:3]), ", ".join(row)
             raise InputError(f"{where}: no column of {role}s ({asked}); --{role} names it; there are: {columns:.200}")
@@ -184,11 +184,8 @@ def read_interactions(path, notes, given=NAMES):
             what = "interactions whose time is no ISO 8601 date and no number from 1970 on are left out"
             note(notes, what, f"{where}, {row.get(column['time'])!r:.40}")
         elif item.split() != [item] or "\t" in user or len(user.splitlines()) > 1:
-            note(
-                notes,
-                "interactions whose item id has a space, or user id a tab, are left out",
-                f"{where}, {item!r:.40}",
-            )
+            what = "interactions whose item id has a space, or user id a tab, are left out"
+            note(notes, what, f"{where}, {item!r:.40}")
         else:
             events = users.setdefault(user, {})
             if (time, item) in events:

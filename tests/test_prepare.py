@@ -228,7 +228,7 @@ def test_bad_input_is_a_sentence_and_no_folder(tmp_path, interactions, items, pa
 
 def test_columns_can_be_given(tmp_path):
     """A given name counts before one that is known; a wrong one is said, not passed over."""
-    interactions = ("r.csv", "user,Kunde,Artikel,time,wann\nx,u,a,7,5\n")
+    interactions = ("r.csv", "user,Kunde,Artikel,time,wann,kunde\nx,u,a,7,5,y\n")
     items = ("i.csv", "Artikel,title,Titel,brand\na,X,Pen,B\n")
     given = dict(user="Kunde", item="Artikel", time="wann", title="Titel")
     found, sequences, _ = made(tmp_path, interactions, items, **given)
