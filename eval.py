@@ -268,10 +268,10 @@ def load_run(out, folder="", base="", catalogue="", only="", d=None) -> tuple[Ll
     the candidates among its items. d: its data, if they are loaded already."""
     out = Path(out)
     c = read_run(out)
-    for name in ("PROMPT", "HISTORY", "TEXT_TOKENS"):
-        value = c["constants"].get(name)
-        if value != json.loads(json.dumps(getattr(data, name))):
-            raise InputError(f"{out} was trained with {name} = {value!r}; put that back into data.py to evaluate it")
+    was = {name: c["constants"].get(name) for name in ("PROMPT", "HISTORY", "TEXT_TOKENS")}
+    edited = [f"{n} = {v!r}" for n, v in was.items() if v != json.loads(json.dumps(getattr(data, n)))]
+    if edited:
+        raise InputError(f"{out} was trained with {', '.join(edited)}; put that back into data.py to evaluate it")
     d, best = d or load_data(out, c, folder), newest(out, "best")
     if best is None:
         raise InputError(f"--out {out}: no checkpoint yet; train.py writes one at each validation")
@@ -531,7 +531,7 @@ def test(decoder: Decoder, cat: Catalogue, d: Dataset, args, out: Path, world: W
     print(table(rows | {"  " + name: r for name, r in result["slices"].items()}))
     over = "tokens that continue a title" if args.score == "trie" else "whole vocabulary"
     print(f"{result['nll']:.4f} nats per item: -log p of the target's title, over the {over} ({args.score} scores)")
-    print(f"exact for {result['exact']:.1%} of the users: certainly no better title than the {args.k} listed")
+    print(f"exact for {result['exact']:.1%} of the users: for them no title beats the {args.k} listed (--patience)")
     print(f"{speed:.1f} users/s{base_source and '; base: ' + base_source}; written to {out / f'results-{name}.json'}")
 
 
