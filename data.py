@@ -301,7 +301,7 @@ def catalogued(folder: Path, items: dict[str, Item], rows: dict[str, list], sequ
         sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
         raise InputError(f"{folder}: {sizes} windows, but each needs one at least; give more users or a lower --core")
     windows = [w for part in rows.values() for w in part]
-    kept = sorted(set().union(*sequences, *(w.history for w in windows), (w.target for w in windows)))
+    kept = sorted(set().union(*(w.history for w in windows), (w.target for w in windows)))
     new = {old: i for i, old in enumerate(kept)}
     parts = {}
     for name, part in rows.items():

@@ -288,8 +288,8 @@ def loss_of(run: Run, b: Batch) -> Tensor:
 
 
 def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:
-    """One step of the optimizer -> (2,) the loss, a mean over all target tokens, and the gradient's norm; of both this
-    process's part. If the norm is not finite, the weights stay as they were. Nothing here waits for the device."""
+    """One step of the optimizer -> (2,): this process's part of the loss, which is a mean over all target tokens, and
+    the gradient's norm. If that is not finite, the weights stay as they were. Nothing here waits for the device."""
     torch.manual_seed((run.args.seed * 1_000_003 + step) * 1009 + run.world.rank)  # dropout
     loss = torch.zeros((), device=run.device)
     for i, b in enumerate(batch.forwards, 1):
@@ -303,7 +303,7 @@ def update(run: Run, step: int, batch: Step, lr: float) -> Tensor:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return torch.stack((loss, norm / run.world.size))
+    return torch.stack((loss, norm))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:

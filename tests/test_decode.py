@@ -190,6 +190,27 @@ def test_limit_ends_the_search_honestly(limit, score):
     assert limit == 20 or not r.exact.any()
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_what_waits_is_dropped_at_the_limit(score, monkeypatch):
+    """At once, so a limit that the first beam spends is a plain beam search; and what grew from it is dropped, too."""
+    t, one, real, deferred = trie(), [x[:1] for x in prompts()], decode.divide, set()
+    d = Decoder(model(HAT), t, score)
+    beam = d.search(*one, 10, 1, limit=0)
+    assert d.search(*one, 10, 1, limit=int(beam.fed)).fed == beam.fed < d.search(*one, 10, 1).fed
+
+    def divide(p, *rest):
+        for n, late in zip(p.node.tolist(), p.deferred.tolist(), strict=True):
+            above = [
+                m for m in deferred if m != n and t.has_leaf(torch.tensor(m), t.leaf[n]) and t.depth[m] < t.depth[n]
+            ]
+            assert late or not above
+            deferred.update([n] * late)
+        return real(p, *rest)
+
+    monkeypatch.setattr(decode, "divide", divide)
+    assert d.search(*one, 10, 1).exact and len(deferred) > 5
+
+
 def test_divide_by_its_example():
     """The docstring's six prefixes, as two users of one batch and in any order, land where it says."""
     names, scores, depths = zip(*re.findall(r'"(\S+)" +(-\d\.\d) +(\d)', decode.divide.__doc__), strict=True)
@@ -202,6 +223,10 @@ def test_divide_by_its_example():
         assert found == [["ink$", "pen$"] * 2, ["inkw", "bl"] * 2, ["re"] * 2]
         assert [names[n] for part in parts for n in part.node[part.deferred]] == ["bl"] * 2
         assert given_up.tolist() == [-math.inf] * 2
+    late = torch.tensor([True, False])  # what was deferred waits for all others, though it is shorter and better
+    p = decode.Prefixes(torch.zeros(2, dtype=torch.long), torch.arange(2), torch.tensor([-1.0, -2.0]), late)
+    _, waits, beam, _ = decode.divide(p, late & False, torch.tensor([1, 3]), 2, 1, torch.zeros(1, dtype=torch.bool))
+    assert (waits.node.tolist(), beam.node.tolist()) == ([0], [1])
 
 
 def test_temperature():

@@ -101,10 +101,19 @@ def test_report_slices_add_up():
         parts = [s for name, s in r["slices"].items() if name.startswith(kind)]
         assert sum(s["n"] for s in parts) == r["n"] == 4
         assert all(sum(s["n"] * s[m] for s in parts) / 4 == pytest.approx(r[m]) for m in ("HR@10", "NDCG@5"))
-    many = Dataset(Path("x"), IDS, TITLES, TITLES, *[WINDOWS] * 3, [[5] * 20 + [0] * 19 + [8] * 4])
-    assert {n: s["n"] for n, s in ev.report(many, WINDOWS, *at)["slices"].items()} == {
-        "target seen 1-4 times": 1, "target seen 5-19 times": 1, "target seen 20+ times": 2,
-        "history of 1-4 items": 3, "history of 5+ items": 1}  # fmt: skip
+    often = [i for i, n in enumerate((0, 1, 4, 5, 19, 20)) for _ in range(n)]
+    many = Dataset(Path("x"), IDS, TITLES, TITLES, *[WINDOWS] * 3, [often])
+    edges = [Window([0] * n, i, "u", 0.0) for i, n in enumerate((1, 4, 5, 5, 9, 9))]
+    assert {n: s["n"] for n, s in ev.report(many, edges, np.zeros(6), np.ones(6))["slices"].items()} == {
+        "target seen 0 times": 1, "target seen 1-4 times": 2, "target seen 5-19 times": 2, "target seen 20+ times": 1,
+        "history of 1-4 items": 2, "history of 5+ items": 4}  # fmt: skip
+
+
+def test_a_sample_of_windows():
+    """Catches the first n, which are the oldest, and another draw or order in every call."""
+    found = ev.sample([*range(100)], 20)
+    assert found == sorted({*found}) == ev.sample([*range(100)], 20) and len(found) == 20 and found[-1] > 50
+    assert ev.sample([*range(9)], 0) == [*range(9)]
 
 
 # --- windows through the decoder ------------------------------------------------------------------------------------
@@ -129,6 +138,14 @@ def test_recommend(exclude):
             best = sorted(groups.values(), key=lambda g: -score[g[0]])[:k]
             assert p["items"] == best and p["exact"]
             assert p["scores"] == pytest.approx([score[g[0]] for g in best], abs=1e-4)
+
+
+def test_a_beam_that_finds_too_few_titles_lists_no_others():
+    """Catches a place without a title that shows the last one of the catalogue."""
+    _, cat, decoder = world()
+    for p in recommend(decoder, cat, [w.history for w in WINDOWS], flags("--beam 1 --patience 0")):
+        every = sum(p["items"], [])
+        assert len(p["items"]) < 10 and len({*every}) == len(every) and all(map(math.isfinite, p["scores"]))
 
 
 def test_predictions_are_in_the_order_of_the_windows():
@@ -235,6 +252,7 @@ def test_validation_is_eval_on_the_validation_split(name, made):
 @pytest.mark.parametrize("more, file", [
     ("", "test"), ("--score full", "test-scorefull"), ("--exclude_history", "test-exclude_historyTrue"),
     ("--limit 2 --split valid", "valid-limit2"), ("--patience 0", "test-patience0"), ("--limit 5", "test-limit5"),
+    ("--beam 3 --k 12", "test-k12-beam3"),
 ])  # fmt: skip
 def test_main_writes_what_it_prints(made, capsys, more, file):
     """results, the table, and the metrics of predictions are the same numbers; other settings have other files."""
@@ -301,10 +319,11 @@ def test_a_run_can_be_moved(moved, tmp_path, monkeypatch):
         ev.main(["--out", "../lora", *given])
 
 
-def test_a_base_with_another_config_is_another_base(moved):
+@pytest.mark.parametrize("name, change", [("config", {"rope_theta": 7.0}), ("tokenizer", {"added_tokens": []})])
+def test_a_base_with_another_config_or_tokenizer_is_another_base(name, change, moved):
     """Catches a fingerprint of the weights alone: another rope_theta computes other numbers."""
-    path = moved / "base/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 7.0}))
+    path = moved / f"base/{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with refuses("is not the base"):
         ev.load_run(moved / "lora")
 
@@ -313,6 +332,12 @@ def test_the_runs_own_plan_is_the_one_that_counts(moved):
     (path,) = (moved / "tiny").glob("best-*/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hatllm_plan": "OR"}))
     assert set(ev.load_run(moved / "tiny")[0].plan) != {"OR"}
+
+
+def test_a_run_older_than_the_fingerprint_of_masks_is_read(moved):
+    path = moved / "tiny/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "masks"}))
+    ev.load_run(moved / "tiny")
 
 
 @pytest.mark.parametrize("key, value", [("split", None), ("core", "5"), ("constants", 3), ("constants", {})])
@@ -333,8 +358,25 @@ def test_processes_that_cannot_be(rank, size, monkeypatch):
 
 
 def test_a_moved_run_can_be_evaluated_from_inside(moved, monkeypatch):
+    """Its data beside it, or within it."""
     monkeypatch.chdir(moved / "tiny")
     ev.load_run(".")
+    (moved / "shop").rename("shop")
+    ev.load_run(".")
+
+
+@pytest.mark.parametrize("loss, tau", [("msl", 0.5), ("lml", 1.0)])
+def test_ranked_at_the_temperature_of_the_training(loss, tau):
+    """Catches a run of lml, whose loss knows no TAU, that is ranked under one."""
+    _, cat, decoder = world()
+    assert ev.make_decoder(decoder.model, cat, {"constants": {"TAU": 0.5}, "loss": loss}).tau == tau
+
+
+def test_the_newest_checkpoint_has_the_highest_number(tmp_path):
+    """Catches an order by letters."""
+    for n in (999_999, 1_000_000, 5):
+        (tmp_path / f"step-{n:06d}").mkdir()
+    assert ev.newest(tmp_path, "step").name == "step-1000000" and ev.newest(tmp_path, "best") is None
 
 
 @pytest.mark.parametrize(

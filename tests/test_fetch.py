@@ -106,7 +106,7 @@ def test_movielens_is_the_same_from_both_sources(monkeypatch, tmp_path):
         titles = "9\tGodfather, The (1972)\n10\tMisérables, Les (1995)\n11\tTime (1995) (V)\n267\tunknown\n"
         assert table(place / "items.tsv.gz") == "item_id\ttitle\n" + titles
         # user 1 rated 9 and 10 in one second: the file's order stays, text order of the ids would turn it round
-        sequences = "user_id\titem_ids\ttimestamp\n1\t9 10\t100 100\n2\t10 11\t200 300\n10\t9\t50\n"
+        sequences = "user_id\titem_ids\ttimes\n1\t9 10\t100 100\n2\t10 11\t200 300\n10\t9\t50\n"
         assert table(place / "sequences.tsv.gz") == sequences
     source = json.loads((tmp_path / "b/ml-100k/source.json").read_text())
     assert "wheel a==1" in source["from"][0] and source["sha256"] == {"recbole.whl": fetch.WHEELS["ml-100k"][1]}
@@ -154,7 +154,7 @@ def test_amazon(tmp_path):
     items = 'item_id\ttitle\n1\tDr. Scholl\'s "Quick" Heat & Bath\n2\t\n3\t5" Crème Brûlée ★\n4\t\n'
     assert table(place / "items.tsv.gz") == items
     # user 1 is U2: C3 first, then A1 before B9 (one day, ASIN order), B9 once
-    sequences = "user_id\titem_ids\ttimestamp\n1\t3 2 1\t100 200 200\n2\t1 4\t100 300\n"
+    sequences = "user_id\titem_ids\ttimes\n1\t3 2 1\t100 200 200\n2\t1 4\t100 300\n"
     assert table(place / "sequences.tsv.gz") == sequences
 
 

@@ -432,6 +432,8 @@ def test_save_lora_is_loaded_by_peft(hf_folder, tmp_path):
     assert theirs.peft_config["default"].base_model_name_or_path == str(hf_folder)
     again = load_lora(load(hf_folder), tmp_path / "adapter").eval()
     assert_equal_to(theirs, again)
+    same = adapted(hf_folder, targets=["q_proj", "down_proj"])  # what was saved, beside what was read
+    assert_equal_to(theirs, same)
     assert all(torch.equal(p, again.state_dict()[n]) for n, p in ours.state_dict().items())
 
 

@@ -177,22 +177,24 @@ def test_the_future_of_a_user(made, split):
 
 
 def test_the_future_of_a_published_split(tmp_path):
-    """The user's latest window counts, whatever the order of the lines."""
+    """The user's latest window counts, whatever the order of the lines; of windows of one day, the one held out."""
     table(tmp_path / "items.tsv", "item_id|title", *(f"{n}|title {n}" for n in range(20)))
     table(tmp_path / "windows.tsv", "split|user_id|item_ids|time", "test|b|1 2|9", "train|a|5 6|7", "train|a|3 4|6",
-          "valid|c|1 2|8", "train|b|0 1 2 3 4 5 6 7 8 9 10|1")  # fmt: skip
+          "valid|c|1 2|8", "train|b|0 1 2 3 4 5 6 7 8 9 10|1", "test|d|3 4|5", "train|d|1 2|5")  # fmt: skip
     d = data.load(tmp_path)
     assert {u: [d.ids[i] for i in w.history] for u, w in d.future.items()} == {
-        "a": ["5", "6"], "b": ["1", "2"], "c": ["1", "2"]}  # fmt: skip
+        "a": ["5", "6"], "b": ["1", "2"], "c": ["1", "2"], "d": ["3", "4"]}  # fmt: skip
 
 
 def test_names(made, whole, tmp_path):
-    """Titles in any case, or ids, as text or numbers; a title comes before an id that reads alike."""
+    """Titles as written, else in any case, or ids, as text or numbers; a title comes before an id that reads alike."""
     assert whole.window(["RED pen", " old  ink pot", "i7", "i39"]).history == [0, 10, 7, 39]
     assert len(whole.window(["i1"] * 30).history) == data.HISTORY
-    path = table(tmp_path / "new.tsv", "item_id|title", "7|seven", "8|9", "9|nine", "TEN|x", "10|ten")
-    window = Recommender(made, catalogue=path).window([7, "SEVEN", "9", "nine", "TEN"])
-    assert window.history == [40, 40, 41, 42, 44]
+    path = table(
+        tmp_path / "new.tsv", "item_id|title", "7|seven", "8|9", "9|nine", "TEN|x", "10|ten", "A|GLUE", "b|glue"
+    )
+    window = Recommender(made, catalogue=path).window([7, "SEVEN", "9", "nine", "TEN", "glue", "GLUE"])
+    assert window.history == [40, 40, 41, 42, 44, 46, 45]
     for wrong in ("red pen", [], None):
         with refuses("a history is a list"):
             whole.window(wrong)
@@ -204,7 +206,8 @@ def test_names(made, whole, tmp_path):
         Recommender(made, score="ful")
     with refuses("k is 0"):
         whole.top_k([["i1"]], k=0)
-    assert len(Recommender(made, k=3, exclude_history=False, only="").top_k([["i1"]])[0]["titles"]) == 3
+    r = Recommender(made, k=3, exclude_history=False, only="")
+    assert [len(r.top_k([["i1"]], k)[0]["titles"]) for k in (None, 2, None)] == [3, 2, 3]
 
 
 def read(path: Path) -> dict[str, list[tuple]]:

@@ -212,8 +212,27 @@ def test_the_default_folder_names_what_differs():
     assert flags_of("--plan", " IN:1  OR ").plan == "IN:1 OR"  # one plan in a table
     assert out("--model", "a/smollm", "--plan", "IN:1/4 OR") == "out/my-plans-smollm-IN1of4_OR"
     flags = dict(split="loo", core="0", targets="last", limit="9", dropout="0.1", lora="4", loss="lml")
-    flags |= dict(columns="brand", label_smoothing="0.1")
+    flags |= dict(columns="brand", label_smoothing="0.1", lr="0.5", max_steps="9", epochs="2", batch="3", core="1")
     assert len({out(f"--{name}", value) for name, value in flags.items()}) == len(flags)
+
+
+@pytest.mark.parametrize("argv, kind, targets", [
+    ([], "scratch", "all"), (["--model", "x"], "lora", "last"), (["--model", "x", "--lora", "0"], "full", "last")
+])  # fmt: skip
+def test_defaults_are_those_of_what_is_trained(argv, kind, targets):
+    """Catches full tuning at the rate of adapters."""
+    args = flags_of(*argv)
+    assert (args.lr, args.dropout, args.targets) == (train.RATES[kind], train.DROPOUT[kind], targets)
+    assert bool(args.lora) == (kind == "lora")
+
+
+def test_the_best_validation_is_kept(shop, tmp_path, monkeypatch):
+    """Catches nats before NDCG@10, or most nats; and a best that is pruned."""
+    found = iter([(0.2, 1.0), (0.4, 3.0), (0.1, 1.0), (0.4, 2.0), (0.4, 4.0), (0.3, 1.0)])
+    names = "valid_NDCG@10", "valid_nll"
+    monkeypatch.setattr(train, "validate", lambda r: dict(zip(names, next(found), strict=True)))
+    train.main(command(shop, tmp_path / "out", max_steps=6, eval_every=1))
+    assert [p.name for p in (tmp_path / "out").glob("best-*")] == ["best-000004"]
 
 
 def test_a_learning_rate_that_is_too_high_is_a_sentence(shop, tmp_path, monkeypatch):
@@ -381,6 +400,8 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
     refused("--resume", "batch was 8, now it is 9", "need not be given again", batch=9)
     refused("label_smoothing was 0.0, now it is 0.1", label_smoothing=0.1)
     refused("plan was IN:1/4 OR CR:1/4, now it is OR", plan="OR")
+    refused("lr was 0.02, now it is 0.01", lr=0.01)
+    refused("seed was 0, now it is 1", seed=1)
     refused("covers 0 layers", plan="")
     refused("max_steps was 1, now it is 2", "--model best-STEP", max_steps=2)
     for module, name, value in ((train, "CLIP", 0.5), (data, "HISTORY", 9)):
@@ -549,7 +570,8 @@ def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, pack, shop, monke
     monkeypatch.setattr(train, "TAU", tau)
     r = make_run(shop, tokens=100, **flags)
     r.pack, r.row = pack, 64 if pack else 1
-    short = [Example(e.history[:1], [(1, e.targets[0][1])]) for e in r.pool[2:4]]
+    n = 2 if r.args.targets == "all" else 1  # so short that two, with their branches, share a row
+    short = [Example(e.history[:n], [(k, e.targets[0][1]) for k in range(1, n + 1)]) for e in r.pool[2:4]]
     some = [*r.pool[:4], *short]
     total, n = brute_force(r, some)
     want = torch.autograd.grad(total / n, r.params)
@@ -594,10 +616,28 @@ def test_dropout_is_in_the_training_alone(flags, shop, base):
         assert len({train.loss_of(r, b).item() for _ in range(2)}) == n
 
 
+def test_dropout_is_drawn_by_seed_step_and_process(shop):
+    """Catches processes, or seeds, that drop the same."""
+    r, drawn = make_run(shop), set()
+    batch = train.get_batch(r, 0)
+    for r.args.seed, n, r.world.rank in itertools.product(range(2), range(2), range(2)):
+        train.update(r, n, batch, 1e-3)
+        drawn.add(torch.initial_seed())
+    assert len(drawn) == 8
+
+
+@pytest.mark.parametrize("lora, frozen", [(4, torch.bfloat16), (0, torch.float32)])
+def test_what_is_trained_is_in_single_precision(lora, frozen, shop, base):
+    """Catches full tuning of half-precision weights: small updates are rounded away."""
+    r = train.Run(flags_of(*command(shop, Path("unused"), base, lora=lora), "--dtype", "bfloat16"))
+    assert {p.dtype for p in r.params} == {torch.float32} and r.model.head.dtype == frozen
+
+
 def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
     """Catches dropout in the validation, a mean per token or batch, a model left in evaluation mode, another tau."""
     monkeypatch.setattr(train, "TAU", 0.5)
-    r, seen, real = make_run(shop, dropout=0.5), [], evaluation.predict
+    monkeypatch.setattr(train, "VALID_WINDOWS", 7)
+    r, seen, real = make_run(shop, dropout=0.5, eval_limit=0), [], evaluation.predict
     monkeypatch.setattr(evaluation, "predict", lambda d, c, s, some, a: seen.append(some) or real(d, c, s, some, a))
     r.model.train()
     first = train.validate(r)
@@ -606,6 +646,8 @@ def test_validation_is_the_mean_per_item_without_dropout(shop, monkeypatch):
     assert train.validate(r) == first and r.model.training and seen[0] == seen[1]  # so that runs can be compared
     r.model.eval()
     assert first["valid_nll"] == pytest.approx(brute_force(r, data.window_examples(seen[0]))[0].item() / 7)
+    r.args.eval_limit = 5
+    assert train.validate(r) and [*map(len, seen)] == [7, 7, 5]
 
 
 class Kernels(TorchDispatchMode):
@@ -707,7 +749,7 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth(monkeypatch):
     rates = [train.learning_rate(step, 40, 0.5) for step in range(40)]
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5]) and rates[21] == pytest.approx(0.5 * 0.55)
     assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False)) and rates[-1] == pytest.approx(0.05)
-    assert train.learning_rate(0, 1, 0.5) == 0.5
+    assert train.learning_rate(0, 1, 0.5) == train.learning_rate(3, 45, 0.5) == 0.5
 
 
 def test_every_epoch_has_each_example_once(shop, monkeypatch):
@@ -728,6 +770,8 @@ def test_every_epoch_has_each_example_once(shop, monkeypatch):
     two, seeded, pool = order(epochs=1.9), order(epochs=1, seed=1), sorted(map(str, make_run(shop).pool))
     assert sorted(two[:37]) == sorted(two[37:]) == sorted(seeded) == pool and len(pool) == 37
     assert two[:37] != two[37:] and two[:37] != seeded
+    r = make_run(shop)
+    assert r.pool != data.examples(r.d, "last")[:37], "drawn, not the oldest"
 
 
 def test_the_log_has_the_mean_loss_since_the_last_line(shop, tmp_path, monkeypatch):
