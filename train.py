@@ -151,7 +151,7 @@ def full_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0
     return F.cross_entropy(model.logits(h), trie.token[b.next], reduction="none", label_smoothing=smoothing)
 
 
-LOSSES = {"msl": trie_nll, "lml": full_nll}  # all but lml look at what the trie allows alone: see Catalogue.target
+LOSSES = {"msl": trie_nll, "lml": full_nll}  # all but lml look at what the trie allows alone
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Run:
         self.net = self.model if self.world.size == 1 else DDP(self.model, gradient_as_bucket_view=True)
         self.cat = Catalogue(self.d.titles, self.tokenizer, self.model.config, self.d.texts)
         self.trie, self.coded = self.cat.trie.to(self.device), {}
-        self.pool = data.examples(self.d, args.targets)
+        self.pool, self.trie_only = data.examples(self.d, args.targets), args.loss != "lml"  # see Catalogue.target
         if args.limit:
             self.pool = [self.pool[i] for i in np.random.default_rng(0).permutation(len(self.pool))[: args.limit]]
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
@@ -186,7 +186,7 @@ class Run:
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
             self.tokens = args.tokens or fitting_tokens(self)
             self.look_every = LOOK_EVERY if self.world.size == 1 else 5  # torchrun waits 30 s after Ctrl-C, then kills
-            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, args.loss != "lml")), 128)
+            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, self.trie_only)), 128)
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
             self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
@@ -267,7 +267,7 @@ def get_batch(run: Run, step: int) -> Step:
     mine = chosen[run.world.rank :: run.world.size]
     for i in (some := mine or chosen[:1]):  # DDP needs a forward of every process
         if i not in run.coded:
-            run.coded[i] = data.encode(run.cat, run.pool[i], run.args.loss != "lml")
+            run.coded[i] = data.encode(run.cat, run.pool[i], run.trie_only)
     n = data.n_title_tokens(run.cat, [run.pool[i] for i in chosen])
     return make_step(run, [run.coded[i] for i in some], 1 / n if mine else 0.0)
 

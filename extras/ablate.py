@@ -380,8 +380,8 @@ def show_attention(args):
     if args.recommend or args.user is not None:
         return show_recommendation(args)
     trained, cat, d, c = load_run(args.out, args.data, args.base or "")
-    some = np.sort(np.random.default_rng(0).permutation(len(d.test))[: args.users])
-    coded = [data.encode(cat, e, False) for e in data.window_examples([d.test[i] for i in some])]
+    some = eval.sample(d.test, args.users)
+    coded = [data.encode(cat, e, False) for e in data.window_examples(some)]
     panels = {}
     print(f"share of attention, mean over heads and queries, {len(some)} test windows; {setting(c)}")
     for name, model in models(args, trained, c):

@@ -31,7 +31,7 @@ from torch.autograd import DeviceType
 import data
 import train
 from decode import Decoder
-from eval import Parser, number, run_main
+from eval import Parser, number, run_main, sample
 from hatllm import InputError, layout
 from model import Llama, adapters, add_lora, hf_name, save_lora
 
@@ -57,8 +57,7 @@ def set_up(args, plan: str = "OR") -> tuple[train.Run, list[Tensor], dict]:
     r.model.to(torch.float32 if trained else r.dtype).eval()
     head = here() | vars(args) | {"dtype": str(r.dtype)[6:], "base_source": r.config["base_source"]}
     print(" | ".join(f"{k} {v}" for k, v in head.items() if v != ""))
-    users = np.random.default_rng(0).permutation(len(r.d.test))[: args.users]
-    prompts = data.collate_prompts(r.cat, [r.d.test[i].history for i in users])
+    prompts = data.collate_prompts(r.cat, [w.history for w in sample(r.d.test, args.users)])
     return r, [x.to(r.device) for x in prompts], head
 
 

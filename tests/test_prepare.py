@@ -157,32 +157,20 @@ def test_the_order_of_the_interactions_tells_nothing_but_ties(tmp_path):
 
 
 def test_what_is_left_out_is_counted_with_the_first_line(tmp_path):
-    rows = [
-        "u,a,100",
-        "u,a,100",
-        "u,a,200",
-        "u,b c,9",
-        "v,a,yesterday",
-        ",a,100",
-        "u,x,100",
-        "v,,",
-        "u,x,1",
-        "w,y,5",
-        "u,a,100",
-    ]
+    rows = 'u,a,100|u,a,100|u,a,200|u,b c,9|"u\tv",a,9|v,a,yesterday|,a,100|u,x,100|v,,|u,x,1|w,y,5|u,a,100'.split("|")
     items = "item,title\nb,Nobody's\na,Pen\ny, \na,Pen\na,Other\n"
     found, sequences, notes = made(tmp_path, ("r.csv", "user,item,time\n" + "\n".join(rows)), ("i.csv", items))
     assert found == "item_id\ttitle\na\tPen\n" and sequences == "user_id\titem_ids\ttimes\nu\ta a\t100 200\n"
     r, i = f"{tmp_path}/r.csv, line ", f"{tmp_path}/i.csv, line "
     expected = [
         ("duplicates", 2, r + "3"),
-        ("has a space", 1, r + "5, 'b c'"),
-        ("time is no", 1, r + "6, 'yesterday'"),
-        ("without a user", 2, r + "7"),
+        ("has a space", 2, r + "5, 'b c'"),
+        ("time is no", 1, r + "7, 'yesterday'"),
+        ("without a user", 2, r + "8"),
         ("nobody", 1, i + "2"),
         ("without a title", 1, i + "4"),
         ("another title", 1, i + "6"),
-        ("no title of", 3, r + "8"),
+        ("no title of", 3, r + "9"),
     ]
     assert len(notes) == len(expected)
     for (what, n_first), (words, n, first) in zip(notes.items(), expected, strict=True):

@@ -534,7 +534,7 @@ def make_run(shop: Path, *argv, **flags) -> train.Run:
 
 
 def step(r: train.Run, some: list[Example], lr: float = 1e-3, n: int = 0) -> float:
-    coded = [data.encode(r.cat, e, r.args.loss != "lml") for e in some]
+    coded = [data.encode(r.cat, e, r.trie_only) for e in some]
     batch = train.make_step(r, coded, 1 / data.n_title_tokens(r.cat, some))
     assert len(batch.forwards) > 1 or r.tokens > 100
     assert any(b.start is not None and b.start.any() for b in batch.forwards) == r.pack
