@@ -41,7 +41,7 @@ csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 gc.set_threshold(100_000)  # looking through millions of tuples for cycles would take half of the time to load them
 HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL). It decides too which windows there are
 TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
-PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between its titles, after it
+PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between titles, after it; or ""
 TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
 TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
 WHOLE_TITLES = False  # and, if True, one more for every title: then `tiny` knows items as SASRec does, not by words
@@ -447,8 +447,6 @@ class Catalogue:
         tokenizer.encode_special_tokens = False  # PROMPT may be a chat template, with tokens as '<|im_start|>'
         self.instruction, self.separator, self.header = encode_all(tokenizer, PROMPT)
         tokenizer.encode_special_tokens = True  # a title that spells one is text
-        if not len(self.header):  # its last token is where a title begins
-            raise InputError("PROMPT in data.py: what comes after the history needs a token at least")
         texts = titles if texts is None else texts
         self.titles = encode_all(tokenizer, titles)
         shown = self.titles if texts == titles else encode_all(tokenizer, texts)
@@ -484,7 +482,7 @@ class Catalogue:
 
     def target(self, i: int, trie_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What the title of item i adds to a text: tokens, item (t,) of the response header and the title; at, node
-        (r,): after which of these tokens a loss stands, and the trie node of the token to predict there.
+        (r,): after which of these tokens a loss stands (-1: after the one before), and the trie node to predict there.
 
         trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no loss; and what
         comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
@@ -558,9 +556,10 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     length = len(tokens)
     for b, (k, target) in enumerate(e.targets, 1):
         tokens, item, at, node = cat.target(target, trie_only)
+        at = np.where(at < 0, ends[k] - 1, length + at)  # without a header the last item's last token writes on
         branch = np.full(len(item), b if len(e.targets) > 1 else 0)  # a single title goes on as trunk
         fork = np.full(len(item), ends[k])
-        for part, x in zip(parts.values(), (tokens, item, branch, fork, length + at, node), strict=True):
+        for part, x in zip(parts.values(), (tokens, item, branch, fork, at, node), strict=True):
             part.append(x)
         length += len(item)
     return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}

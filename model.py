@@ -239,7 +239,7 @@ class Attention(nn.Module):
         B, T, _, _ = cos_sin[0].shape
         if real is not None:
             flat = [y.new_zeros(B * T, y.shape[1]).index_copy(0, real, y) for y in flat]
-        q, k, v = (y.view(B, T, -1, self.D) for y in flat)
+        q, k, v = (y.view(B, T, y.shape[-1] // self.D, self.D) for y in flat)
         q, k = rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin)
         return [y.transpose(1, 2) for y in (q, k, v)]
 

@@ -306,11 +306,13 @@ def check_item_cache(m: Llama, cat: Catalogue, histories: list[list[int]]):
     assert a.leaf.tolist() == b.leaf.tolist() and close(a.score, b.score) and close(a.target, b.target)
 
 
+@pytest.mark.parametrize("prompt", [data.PROMPT, ("", "", "")], ids=["", "no context"])
 @pytest.mark.parametrize("plan", ["IN-closed", "IN-closed:2 OR:1 CR:1", "OR:2 IN-closed:2", "IN-closed:1 IN:3"])
-def test_item_cache(plan):
+def test_item_cache(plan, prompt, monkeypatch):
     """With leading IN-closed layers a title's states are computed once for all users: the same lists and scores, also
     for items that share a title, that stand twice in a history, and among prompts of other lengths."""
-    cat, vocabulary = catalogue()
+    monkeypatch.setattr(data, "PROMPT", prompt)
+    cat, vocabulary = catalogue.__wrapped__()
     check_item_cache(tiny_model(plan, vocab_size=vocabulary), cat, [[0], [8, 0, 5, 3, 3, 1], [4, 2, 7]])
 
 

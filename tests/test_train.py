@@ -585,6 +585,13 @@ def test_a_step_has_the_gradients_of_one_big_batch(flags, tau, pack, shop, monke
             assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.norm()) + 1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("flags", [dict(loss="lml"), dict(targets="all", plan="IN-closed:1 OR CR-last:1")], ids=str)
+def test_a_title_may_follow_the_history_at_once(flags, shop, monkeypatch):
+    """Without a response header its first loss stands at the last token of the item before it."""
+    monkeypatch.setattr(data, "PROMPT", ("", "\n", ""))
+    test_a_step_has_the_gradients_of_one_big_batch(flags, 1, True, shop, monkeypatch)
+
+
 @pytest.mark.parametrize("more", ["tokens", "bfloat16", "compile"])
 def test_less_memory_or_time_trains_alike(more, shop, base, monkeypatch):
     """Catches an update for each micro-batch, half-precision weights or sums, and a block that is compiled anew for
