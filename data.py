@@ -35,14 +35,14 @@ from torch import Tensor
 from hatllm import TARGET, InputError, needed, round_up
 from model import Config
 
-PRESETS = ("ml-100k", "beauty", "office", "books")
+PRESETS = ("ml-100k", "beauty", "office", "books")  # the first two are fetched
 TIMES = ("times", "time", "timestamp", "days_since_epoch")  # names of the column of times
 csv.field_size_limit(2**31 - 1)  # a long sequence is one field
 gc.set_threshold(100_000)  # looking through millions of tuples for cycles would take half of the time to load them
-HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL). It decides too which windows there are
+HISTORY = 10  # items in a prompt: the last ones (BIGRec, MSL). It also decides which windows there are
 TIES = "file"  # a user's items of equal time: in the order of the file, or "shuffled", by a seed of the user's own
 PROMPT = ("The user bought, oldest first:\n", "\n", "\nNext:\n")  # before the history, between titles, after it; or ""
-TEXT_TOKENS = 0  # tokens of an item in a history at most, its first ones; 0: all. The target is always the whole title
+TEXT_TOKENS = 0  # how many of an item's first tokens a history shows; 0: all. The target is always the whole title
 TINY_VOCABULARY = 4096  # tokens of the tokenizer that `tiny` gets, learnt from the catalogue
 WHOLE_TITLES = False  # and, if True, one more for every title: then `tiny` knows items as SASRec does, not by words
 
@@ -63,7 +63,7 @@ def read_table(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, 
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             rows.fieldnames = ["times" if c in TIMES and "times" in columns else c for c in rows.fieldnames or ()]
             if len(set(rows.fieldnames)) < len(rows.fieldnames):
-                raise InputError(f"{path}, line 1: a column stands there twice")
+                raise InputError(f"{path}, line 1: a column stands there twice, or two of times")
             if lacking := [c for c in columns if c not in rows.fieldnames]:
                 there = ", ".join(rows.fieldnames)
                 raise InputError(f"{path}, line 1: no column {lacking[0]} among {there:.200}; tabs stand between them")
@@ -202,10 +202,9 @@ class Dataset:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
-        sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,}"
-        name, left_out = self.folder.name, f"; {self.left_out:,} more users have too few items (--core, --split)"
-        text = f"{name}: {len(self.users):,} users, {len(self.ids):,} items, {sizes} train / valid / test windows"
-        return text + left_out * (self.left_out > 0)
+        sizes = f"{len(self.train):,} / {len(self.valid):,} / {len(self.test):,} train / valid / test windows"
+        more = f"; {self.left_out:,} more users have too few items (--core, --split)" if self.left_out else ""
+        return f"{self.folder.name}: {len(self.users):,} users, {len(self.ids):,} items, {sizes}{more}"
 
 
 def core(users: dict, k: int) -> dict:
@@ -484,7 +483,7 @@ class Catalogue:
         """What the title of item i adds to a text: tokens, item (t,) of the response header and the title; at, node
         (r,): after which of these tokens a loss stands (-1: after the one before), and the trie node to predict there.
 
-        trie_only: under the masked softmax a token that alone can follow has probability 1, so it has no loss; and what
+        trie_only: under the masked softmax the only token that can follow has probability 1, so it has no loss. What
         comes after the title is settled is not even fed to the model. The loss and its gradients are the same."""
         trie = self.trie
         leaf = int(trie.leaf_of_item[i])
@@ -552,17 +551,16 @@ def encode(cat: Catalogue, e: Example, trie_only: bool) -> dict[str, np.ndarray]
     """An example as arrays: tokens, item, branch, fork (T,) as in hatllm.layout; at, next (R,): where a loss stands,
     and the trie node of the token to predict there. trie_only: see Catalogue.target."""
     tokens, item, ends = cat.trunk(e.history)
-    parts = {"tokens": [tokens], "item": [item], "branch": [0 * item], "fork": [0 * item], "at": [], "next": []}
+    parts = [dict(tokens=tokens, item=item, branch=0 * item, fork=0 * item, at=item[:0], next=item[:0])]
     length = len(tokens)
     for b, (k, target) in enumerate(e.targets, 1):
         tokens, item, at, node = cat.target(target, trie_only)
         at = np.where(at < 0, ends[k] - 1, length + at)  # without a header the last item's last token writes on
         branch = np.full(len(item), b if len(e.targets) > 1 else 0)  # a single title goes on as trunk
         fork = np.full(len(item), ends[k])
-        for part, x in zip(parts.values(), (tokens, item, branch, fork, at, node), strict=True):
-            part.append(x)
+        parts.append(dict(tokens=tokens, item=item, branch=branch, fork=fork, at=at, next=node))
         length += len(item)
-    return {name: np.concatenate(x).astype(np.int32) for name, x in parts.items()}
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.int32) for name in parts[0]}
 
 
 def longest(cat: Catalogue, examples: list[Example], trie_only: bool) -> int:
@@ -593,13 +591,13 @@ class Batch:
     rows: Tensor  # (R,) positions b * T + t that have a loss
     next: Tensor  # (R,) the trie node of the token to predict there
     parents: Tensor  # (U,) the nodes above those, each once: many losses stand at the root
-    place: Tensor  # (R,) of a loss among parents
+    parent: Tensor  # (R,) which of them stands above a loss's node
     M: int  # children of all parents
 
     def to(self, device) -> "Batch":
         """A copy on device. A GPU copies in the background, for which the memory here must be pinned."""
         gpu = torch.device(device).type == "cuda"
-        with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # a thread begins with another one
+        with torch.cuda.device(device) if gpu else contextlib.nullcontext():  # a new thread starts on device 0
             tensors = {name: v.pin_memory() if gpu else v for name, v in vars(self).items() if isinstance(v, Tensor)}
             return replace(self, **{name: v.to(device, non_blocking=True) for name, v in tensors.items()})
 
@@ -643,10 +641,10 @@ def collate(cat: Catalogue, coded: list[dict], multiple: int = 1) -> Batch:
         branch = fork = None
     rows = torch.from_numpy(np.concatenate([b * tokens.shape[1] + at for b, at in enumerate(column["at"])]))
     following = torch.from_numpy(np.concatenate(column["next"])).long()
-    parents, place = torch.unique(cat.trie.parent[following], return_inverse=True)
+    parents, parent = torch.unique(cat.trie.parent[following], return_inverse=True)
     M = int(cat.trie.fan[parents].sum())
     places = needed(item, min(multiple, 256))  # few lengths there, too
-    return Batch(tokens, item, branch, fork, start, places, rows, following, parents, place, M)
+    return Batch(tokens, item, branch, fork, start, places, rows, following, parents, parent, M)
 
 
 def collate_prompts(cat: Catalogue, histories: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ def segment_logsumexp(z: Tensor, row: Tensor, n: int) -> Tensor:
 
 @dataclass
 class Ranking:
-    leaf: Tensor  # (B, K) titles, best first; -1 where the catalogue has fewer
+    leaf: Tensor  # (B, K) titles, best first; -1 where fewer were found
     score: Tensor  # (B, K) log-probabilities, -inf where leaf is -1
     exact: Tensor  # (B,) bool: all other titles score at most as high as the last listed one
     target: Tensor  # (B,) log-probability of the title asked for, NaN where none was
@@ -72,8 +72,8 @@ class SearchState:
 class Decoder:
     """Titles after a prompt, under one of two scores:
 
-    trie  every token renormalised over those that continue some title: a distribution over the catalogue. A token that
-          alone can follow has probability 1 and costs nothing, so a title is done once it is the only one left.
+    trie  every token renormalised over those that continue some title: a distribution over the catalogue. The
+          only token that can follow has probability 1 and costs nothing: a title is done once it is the only one left.
     full  log-softmax over the whole vocabulary, the trie only forbids: as Hugging Face's prefix_allowed_tokens_fn does.
     """
 
@@ -171,13 +171,13 @@ class Decoder:
     # --- The K best titles ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def search(self, tokens: Tensor, item: Tensor, k=10, width=20, limit=1024, source=None, target=None) -> Ranking:
+    def search(self, tokens: Tensor, item: Tensor, k=10, width=20, patience=1024, source=None, target=None) -> Ranking:
         """The k best titles after each prompt (B, T). A step takes the shortest of a user's prefixes, the `width` best
         of them, on to where their titles part (full scores: by a token): a beam search. What overflows the beam waits
         until the beam is done, and then goes on best first, as far as it can still enter the top k.
 
-        limit: once a user's title tokens are so many, what waits is dropped, so 0 is a plain beam search; Ranking.exact
-        tells for whom it mattered. source: see prefill. target (B,): titles whose score is wanted."""
+        patience: once a user's title tokens are so many, what overflowed is dropped, so 0 is a plain beam search;
+        Ranking.exact tells for whom it mattered. source: see prefill. target (B,): titles whose score is wanted."""
         B, device = len(item), item.device
         state, h = self.prefill(tokens, item, source)
         own = h.new_full((B,), torch.nan) if target is None else self.score_after(state, h, target)
@@ -192,7 +192,7 @@ class Decoder:
             grown = finished + waiting + new
             sound = sound & grown.score.isfinite().all()
             whole, depth = self.settled(grown.node), self.trie.depth[grown.node]
-            finished, waiting, beam, lost = divide(grown, whole, depth, k, width, fed >= limit)
+            finished, waiting, beam, lost = divide(grown, whole, depth, k, width, fed >= patience)
             dropped = torch.maximum(dropped, lost)
             if len(beam.user):
                 h, beam, n = self.advance(state, beam, B)
@@ -278,7 +278,7 @@ def divide(p: Prefixes, whole: Tensor, depth: Tensor, k: int, width: int, spent:
     start = torch.searchsorted(p.user, p.user)  # where the user's entries begin
     beam = now & (earlier - earlier[start] < width)
     p.deferred = p.deferred | (now & ~beam)
-    kind = torch.where(beam, 2, torch.where(live, 1, torch.where(kept, 0, 3)))  # 0: a title, 1: waits, 3: gone
+    kind = torch.where(kept, 0, 3).where(~live, 1).where(~beam, 2)  # 0: a title, 1: waits, 2: the beam, 3: gone
     by_kind = torch.argsort(kind, stable=True)
     sizes = (kind == torch.arange(4, device=kind.device)[:, None]).sum(1)  # bincount would wait twice more
     parts = by_kind.split(sizes.tolist())

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin shortly: 5 times faster on a shared machine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin briefly: 5 times faster on a shared machine
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while importing ends without a traceback
 
@@ -136,8 +136,8 @@ def search(decoder: Decoder, cat: Catalogue, histories: list, args, targets: lis
     columns = (x.tolist() for x in (ranking.leaf, ranking.score, ranking.exact, ranking.target))
     for history, leaves, scores, exact, logp in zip(histories, *columns, strict=True):
         hidden = set(history) if args.exclude_history else set()
-        items = [[i for i in cat.bearers[leaf] if i not in hidden] if leaf >= 0 else [] for leaf in leaves]
-        found = [(group, score) for group, score in zip(items, scores, strict=True) if group][: args.k]
+        items = ([i for i in cat.bearers[leaf] if i not in hidden] for leaf in leaves if leaf >= 0)  # -1 stands last
+        found = [(group, score) for group, score in zip(items, scores, strict=False) if group][: args.k]
         out.append({"items": [g for g, _ in found], "scores": [s for _, s in found], "exact": exact})
         if targets:
             out[-1]["nll"] = -logp
@@ -290,9 +290,7 @@ def load_run(out, folder="", base="", catalogue="", only="", d=None) -> tuple[Ll
         model = load(best, c["plan"], dtype)
     now = mask_digest(model.plan)
     if c.get("masks", now) != now:  # an older run has none
-        raise InputError(
-            f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py to evaluate it"
-        )
+        raise InputError(f"{out} was trained with other masks of {c['plan']}; put them back into hatllm.py")
     model = frozen(model, dtype).to(device)
     return model, Catalogue(d.titles, data.read_tokenizer(best), model.config, d.texts, candidates), d, c
 
@@ -311,10 +309,9 @@ class World:
     def __init__(self):
         texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         self.rank, self.size = (int(t) if t.isdigit() else -1 for t in texts)
-        if self.size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise InputError("WORLD_SIZE is set, but RANK and others are not: start several processes with torchrun")
-        if not 0 <= self.rank < self.size:
-            raise InputError(f"RANK is {self.rank}, but WORLD_SIZE is {self.size}: start processes with torchrun")
+        all_set = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if not 0 <= self.rank < self.size or (self.size > 1 and not all_set):
+            raise InputError(f"RANK is {self.rank}, WORLD_SIZE {self.size}: start several processes with torchrun")
         if self.size > 1 and not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -390,20 +387,20 @@ def run_main(main):
 
 def make_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
-    add, whole = p.add_argument, number(int, 1)
+    add, positive = p.add_argument, number(int, 1)
     add("--out", default="out", help="folder of a run that train.py wrote")
     add("--data", default="", help="its data set's folder, if that has moved")
     add("--base", default="", help="its pretrained model's folder, if that has moved")
     add("--split", default="test", choices=("test", "valid"), help="which windows (default: %(default)s)")
-    add("--k", type=whole, default=10, help="how many titles are ranked and written per user (default: %(default)s)")
-    add("--beam", type=whole, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
+    add("--k", type=positive, default=10, help="how many titles are ranked and written per user (default: %(default)s)")
+    add("--beam", type=positive, default=20, help="prefixes of a user that advance in one step (default: %(default)s)")
     add("--patience", type=number(int, 0), default=256,
         help="give up being exact after so many title tokens; 0: a plain beam (default: %(default)s)")  # fmt: skip
     add("--score", default="trie", choices=("trie", "full"),
         help="trie: over what may follow; full: over the whole vocabulary (default: %(default)s)")  # fmt: skip
     add("--exclude_history", action="store_true", help="never recommend the prompt's own items")
     add("--limit", type=number(int, 0), default=0, help="evaluate so many windows only, drawn by a fixed seed; 0: all")
-    add("--tokens", type=whole, default=TOKENS, help="in a batch: less needs less memory (default: %(default)s)")
+    add("--tokens", type=positive, default=TOKENS, help="tokens in a batch; fewer need less memory")
     add("--catalogue", default="", metavar="FILE", help="a newer items.tsv: its items are the candidates")
     add("--only", default="", metavar="FILE", help="item ids, one a line: the only candidates")
     add("--to", default="", metavar="FILE", help="what --histories writes (default: recommendations.tsv in --out)")

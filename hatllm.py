@@ -42,8 +42,8 @@ def split_plan(text: str) -> list[tuple[str, str]]:
         kind, colon, count = part.partition(":")
         if kind not in KINDS:
             raise InputError(f"plan '{text}': unknown layer kind '{kind}'; the kinds are {', '.join(KINDS)}")
-        fits = re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count) if colon else all(count for _, count in parts)
-        if not fits:
+        takes_the_rest = not colon and all(n for _, n in parts)
+        if not takes_the_rest and not re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", count):
             raise InputError(f"plan '{text}': '{part}' needs a count, {kind}:8 or {kind}:1/4; one kind may go without")
         parts.append((kind, count))
     return parts
@@ -99,7 +99,7 @@ class Layout:
             seen = mask(kind, self.item, self.sees)
             size = len(seen), None, *seen.shape[1:]
             self.masks[kind] = create_block_mask(lambda b, h, q, k: seen[b, q, k], *size, device=seen.device)
-            vary(seen, *self.masks[kind].as_tuple())
+            mark_dynamic(seen, *self.masks[kind].as_tuple())
         return self.masks[kind]
 
 
@@ -161,9 +161,8 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
     sees = lay.sees.take_along_dim(at[:, :, None], 1).take_along_dim(at[:, None, :], 2)  # (B, S, S)
     sees = (sees & there[:, None, :]) | torch.eye(S, dtype=torch.bool, device=x.device)
     item = lay.item.gather(1, at).where(there, -1)
-    # (B, T) where a needed token stands among the S; padding adds 0 to the first token
-    new = torch.zeros_like(lay.item).scatter_add(1, at, torch.arange(S, device=x.device) * there)
-    rows = rows // T * S + new.flatten()[rows]
+    b, t = rows // T, rows % T
+    rows = b * S + ((places[b] < t[:, None]) & there[b]).sum(1)  # so many needed tokens come before
     return x.take_along_dim(at[:, :, None], 1), rows, Layout(item, lay.pos.gather(1, at), sees)
 
 
@@ -195,7 +194,7 @@ def layout(item: Tensor, branch: Tensor | None = None, fork: Tensor | None = Non
     return Layout(item, pos, sees, places, causal=branch is None and start is None)
 
 
-def vary(*found):
+def mark_dynamic(*found):
     """Tells torch.compile that the first size of these tensors, the number of rows, differs from call to call. Under
     dynamic=False all other sizes are fixed: FlexAttention is several times as fast if it knows the length of rows."""
     for t in found:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hatllm import InputError, Layout, parse_plan, shorten, vary
+from hatllm import InputError, Layout, mark_dynamic, parse_plan, shorten
 
 CLASSES = dict(llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -105,7 +105,7 @@ class Config:
         """From a Hugging Face config.json. Raises InputError that names the key this Llama cannot honour."""
         found, fields = read_json(path), Config.__dataclass_fields__
         kind, eos = found.get("model_type", "llama"), found.get("eos_token_id")
-        refuse_others(path, found, FIXED | {"model_type": kind if kind in CLASSES else " or ".join(CLASSES)})
+        refuse_others(path, found, FIXED | {"model_type": kind if kind in [*CLASSES] else " or ".join(CLASSES)})
         own = {"num_key_value_heads": found.get("num_attention_heads"), "tie_word_embeddings": False}
         own |= {"head_dim": 128} if kind == "qwen3" else {}  # where it is not given
         own |= {key: found[key] for key in fields if found.get(key) is not None}
@@ -183,7 +183,7 @@ class Cache:
 @functools.cache
 def compiled_flex():
     """FlexAttention, compiled when it is first called: importing the compiler takes seconds."""
-    return torch.compile(flex_attention, dynamic=False)  # see hatllm.vary
+    return torch.compile(flex_attention, dynamic=False)  # see hatllm.mark_dynamic
 
 
 def by_blocks(x: Tensor, D: int) -> bool:
@@ -199,7 +199,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     if isinstance(mask, BlockMask):
         if torch.compiler.is_compiling():
             return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-        vary(q, k, v)
+        mark_dynamic(q, k, v)
         return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
     # the G heads that share a key stand one after the other as more queries, so that K and V are never copied
     x = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H / G, G * Tq, D)
@@ -287,7 +287,7 @@ class Block(nn.Module):
         else:
             mask = layout.additive_mask(self.kind, self.G, x.dtype)
         if learns and self.compiled:
-            vary(x, *cos_sin, rows)
+            mark_dynamic(x, *cos_sin, rows)
             return self.compiled(x, cos_sin, mask, cache, rows, layout.real)
         return self.compute(x, cos_sin, mask, cache, rows, layout.real)
 
@@ -304,8 +304,8 @@ class Llama(nn.Module):
         self.config, self.plan = replace(c, hatllm_plan=plan), parse_plan(plan, c.num_hidden_layers)
         self.dtype = None  # of the computation; None: that of the weights
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        whole = [i for i, kind in enumerate(self.plan) if kind != "CR-last"]
-        self.first_short = whole[-1] + 1 if whole else 0  # the first of the CR-last layers at the end
+        # the first of the CR-last layers at the end
+        self.first_short = max((i + 1 for i, kind in enumerate(self.plan) if kind != "CR-last"), default=0)
         self.layers = nn.ModuleList(Block(c, i, kind, dropout) for i, kind in enumerate(self.plan))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -425,7 +425,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].exists() and index.exists():
         shards = read_json(index, {"weight_map": dict})["weight_map"].values()
-        files = [folder / Path(str(name)).name for name in sorted(set(map(str, shards)))]
+        files = [folder / Path(name).name for name in sorted(set(map(str, shards)))]
     tensors = {k: v for file in files for k, v in read_safetensors(file).items()}
     return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 

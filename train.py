@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin shortly: 5 times faster on a shared machine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads spin briefly: 5 times faster on a shared machine
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while importing ends without a traceback
 
@@ -54,8 +54,8 @@ BETAS = [0.9, 0.999]  # of AdamW: the second lets rare tokens move further than 
 WEIGHT_DECAY = 0.01  # on matrices
 CLIP = 1.0  # norm of the gradient at most
 VALID_WINDOWS = 2000  # in a validation, drawn by a fixed seed: with few, the choice of the best is noise
-ROW = 1024  # tokens in a row on a GPU, of one text or more
-LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which then has to be waited for
+ROW = 1024  # tokens in a row on a GPU; a row holds one or more texts
+LOOK_EVERY = 50  # steps between two looks at the loss, for which a GPU must wait; if none was finite, a run ends
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1)
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add, count, share = p.add_argument, number(int, 0), number(float, 0, 0.99)
     add("--data", default="ml-100k", help="ml-100k, beauty, office, books, or a folder (default: %(default)s)")
     add("--split", default="time", choices=("time", "loo"), help="8:1:1 by the target's time, or leave one out")
-    add("--core", type=count, default=5, help="keep users and items with so many interactions (default: %(default)s)")
+    add("--core", type=count, default=5, help="keep users and items with at least so many interactions (default: 5)")
     add("--columns", default="title", help="of items.tsv, that a history shows: title,brand; the target is the title")
     add("--targets", default="auto", choices=("auto", "last", "all"),
         help="last: one a window, as published; all: every training item; auto: all for tiny")  # fmt: skip
@@ -74,16 +74,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny: from scratch; smollm2-135m; or a Hugging Face folder")
     add("--plan", default=PLAN, help="kinds of the layers; OR alone is the plain LLM (default: %(default)s)")
     add("--dropout", type=share, help="on the embeddings and both branches of a block (default: 0.1 for tiny, else 0)")
-    add("--label_smoothing", type=share, default=0.0, help="for many passes; the loss shown is of it (default: 0)")
+    add("--label_smoothing", type=share, default=0.0, help="for many passes; the loss shown includes it (default: 0)")
     add("--lora", type=count, default=8, help="rank of the adapters; 0: full tuning, as always for tiny (default: 8)")
     add("--loss", default="msl", choices=tuple(LOSSES),
-        help="cross-entropy over the tokens that continue some title, or over the whole vocabulary")  # fmt: skip
+        help="msl: over the tokens that continue some title; lml: over the whole vocabulary")  # fmt: skip
     add("--lr", type=number(float, 0, 1), default=0.0, help="peak learning rate; 0: see RATES in train.py")
     add("--max_steps", type=number(int, 1), default=4000, help="steps of the schedule (default: %(default)s)")
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
-    add("--tokens", type=count, default=0, help="in a forward: fewer need less memory; 0: what fits a GPU; a CPU: 1024")
+    add(
+        "--tokens",
+        type=count,
+        default=0,
+        help="tokens in a forward; fewer need less memory; 0: as fits a GPU; a CPU: 1024",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=1000, help="steps between two validations, each with a checkpoint")
@@ -108,10 +113,9 @@ def resolve(args):
     """Fills in the defaults that depend on the model and on the machine."""
     args.plan = " ".join(args.plan.split())
     if not args.out:
-        named = "split core columns targets limit plan dropout label_smoothing lora loss".split()
-        named += "lr max_steps epochs batch seed".split()
+        free = "data model tokens dtype compile eval_every eval_limit out resume".split()
         usual = make_parser().parse_args([])
-        other = {n: v for n, v in vars(args).items() if n in named and v != getattr(usual, n)}
+        other = {n: v for n, v in vars(args).items() if n not in free and v != getattr(usual, n)}
         more = [slug(v) if n == "plan" else f"{n}{slug(v)}" for n, v in other.items()]
         args.out = "-".join([f"out/{Path(args.data).resolve().name}", Path(args.model).name, *more])
     scratch = args.model == "tiny"
@@ -138,10 +142,10 @@ def trie_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0
     row, child = trie.children(b.parents, b.M)
     hidden = torch.ones(len(b.parents), z.shape[1], dtype=torch.bool, device=z.device)  # (U, C)
     hidden.index_put_((row, trie.column[child]), hidden.new_zeros(()))  # `= False` would make a GPU wait for it
-    hidden = hidden[b.place]  # (R, C)
+    hidden = hidden[b.parent]  # (R, C)
     nll = F.cross_entropy(z.masked_fill(hidden, -torch.inf), target, reduction="none")
     if smoothing:  # the mean of -log p less -log p of the target is the target's logit less the mean logit
-        mean = z.masked_fill(hidden, 0).sum(1) / trie.fan[b.parents][b.place]
+        mean = z.masked_fill(hidden, 0).sum(1) / trie.fan[b.parents][b.parent]
         nll = nll + smoothing * (z.gather(1, target[:, None])[:, 0] - mean)
     return nll
 
@@ -151,7 +155,7 @@ def full_nll(model: Llama, trie: Trie, h: Tensor, b: Batch, smoothing: float = 0
     return F.cross_entropy(model.logits(h), trie.token[b.next], reduction="none", label_smoothing=smoothing)
 
 
-LOSSES = {"msl": trie_nll, "lml": full_nll}  # all but lml look at what the trie allows alone
+LOSSES = {"msl": trie_nll, "lml": full_nll}  # all but lml look only at what the trie allows
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def make_config(run: Run) -> dict:
     source = Path(run.base) / "source.json"
     origin = read_json(source, {"holds": str})["holds"] if run.base and source.exists() else run.base
     return vars(run.args) | {
-        "constants": json.loads(json.dumps(constants)),
+        "constants": json.loads(json.dumps(constants)),  # as JSON has it: a tuple is a list
         "masks": eval.mask_digest(run.model.plan),
         "data_folder": str(run.d.folder.resolve()),
         "digest": run.d.digest,
@@ -265,9 +269,8 @@ def get_batch(run: Run, step: int) -> Step:
     order = np.random.default_rng((run.args.seed, step // run.per_epoch)).permutation(len(run.pool))
     chosen = order[step % run.per_epoch * run.args.batch :][: run.args.batch].tolist()
     mine = chosen[run.world.rank :: run.world.size]
-    for i in (some := mine or chosen[:1]):  # DDP needs a forward of every process
-        if i not in run.coded:
-            run.coded[i] = data.encode(run.cat, run.pool[i], run.trie_only)
+    some = mine or chosen[:1]  # DDP needs a forward of every process
+    run.coded |= {i: data.encode(run.cat, run.pool[i], run.trie_only) for i in some if i not in run.coded}
     n = data.n_title_tokens(run.cat, [run.pool[i] for i in chosen])
     return make_step(run, [run.coded[i] for i in some], 1 / n if mine else 0.0)
 
@@ -350,7 +353,7 @@ def train(run: Run) -> bool:
             state["losses"] += losses
             recent, last = [], state["losses"][-LOOK_EVERY:]
             loss = mean_of_finite(last)
-            # lost: none of LOOK_EVERY is finite, or none since the last validation, nor before that one
+            # lost: none of LOOK_EVERY is finite, or none in the last two stretches between validations
             lost_before = not state["log"] or math.isnan(state["log"][-1]["loss"])
             if math.isnan(loss) and (len(last) == LOOK_EVERY or (due and lost_before)):
                 raise InputError(f"no loss is finite any more; what {run.out} holds is sound; a lower --lr may help")
@@ -506,9 +509,7 @@ def prepare_out(run: Run) -> int:
     if run.args.resume:
         check_same(eval.read_run(run.out), run)
     elif run.out.exists() and any(run.out.iterdir()):
-        raise InputError(
-            f"{run.out} is not empty: --resume goes on with a run; else choose another --out, or remove it"
-        )
+        raise InputError(f"{run.out} is not empty: --resume goes on with a run; else give another --out")
     run.out.mkdir(parents=True, exist_ok=True)
     held = lock(run.out)
     write_json(run.out / "config.json", run.config)

@@ -187,9 +187,9 @@ def setting(c: dict) -> str:
     """What the runs of one table have in common: the data set, the model, and what differs from train.py as it is."""
     free = "data model plan seed out tokens compile resume".split()
     free += ["max_steps"] * (c.get("epochs", 0) > 0)  # they decide
-    flags = [f"--model={c['model']}", f"--lora={c['lora']}"]
-    usual, tuned = (vars(train.resolve(train.make_parser().parse_args(some))) for some in (flags[:1], flags))
-    usual |= {name: tuned[name] for name in ("lr", "dropout")}  # what is usual of these depends on --lora
+    p = train.make_parser()  # what is usual of lr and dropout depends on --lora
+    usual = vars(train.resolve(p.parse_args([f"--model={c['model']}", f"--lora={c['lora']}"])))
+    usual["lora"] = 0 if c["model"] == "tiny" else p.get_default("lora")
     # a run may be older than a flag
     flags = [f"--{k} {c[k]}" for k, v in usual.items() if k not in free and c.get(k, v) != v]
     now = {k: getattr(train, k, getattr(data, k, v)) for k, v in c["constants"].items()}  # v: there is none today
@@ -207,7 +207,7 @@ def read_record(path: Path) -> tuple[dict, dict]:
         raise InputError(f"{path}: its columns, or {r['common']} beside it, cannot be read ({e})") from None
 
 
-def read_run(place: Path, least: float, most: float) -> dict | None:
+def read_row(place: Path, least: float, most: float) -> dict | None:
     """What the table needs of a folder or a record, of the windows whose target occurs so often in training; None if
     there is none."""
     r, common = record(place) if place.is_dir() else read_record(place)
@@ -296,7 +296,7 @@ def make_table(args):
     least, most = args.seen or (0, np.inf)
     places = [p.parent for p in out.glob("*/metrics.jsonl") if finished(p.parent)]
     for place in sorted([*places, *out.glob("*.run.json")]):
-        if r := read_run(place, least, most):
+        if r := read_row(place, least, most):
             groups.setdefault((setting(r), r["digest"], r["base_digest"]), []).append(r)
     if not groups:
         such = " that was tested on such targets" if args.seen else ""

@@ -103,7 +103,7 @@ def in_turns(sides: dict, rounds: int, unit: str, n: float) -> dict[str, tuple[l
     fro. The first round warms up: its time and memory do not count."""
     runs, out = {name: [] for name in sides}, {}
     for r in range(rounds):
-        for name in list(sides)[:: -1 if r % 2 else 1]:
+        for name in reversed(sides) if r % 2 else sides:
             runs[name].append(measure(sides[name], r))
     first = [seconds for _, seconds, _ in next(iter(runs.values()))][1:]
     for name, own in runs.items():
@@ -170,7 +170,7 @@ def compare(ours: Decoder, generate, score: str, prompts: list[Tensor], beam: in
     k = min(10, beam, ours.trie.n_leaves)
     sides = {"transformers": lambda r: generate(*prompts, k, beam, score, scores=r == 0)}
     sides["exact"] = lambda r: ours.search(*prompts, k, beam)
-    sides["beam"] = lambda r: ours.search(*prompts, k, beam, limit=0)
+    sides["beam"] = lambda r: ours.search(*prompts, k, beam, patience=0)
     (lists, first), *own = in_turns(sides, rounds, "users", len(prompts[0])).values()
     rows = [first, *(row | agreement(found[0], lists[0]) for found, row in own)]
     return [row | {"": f"{score} {beam} {row['']}"} for row in rows]
@@ -325,7 +325,7 @@ def bench_parity(args) -> dict:
         within = gap < 1e-4 if dtype == "float32" else lost[0] <= 1.5 * lost[1]
         result[dtype] = {"gap": gap, "ours to fp32": lost[0], "theirs to fp32": lost[1], "within": within}
         print(f"{dtype}: gap {gap:.2g}, mean distance to fp32 {lost[0]:.2g}, theirs {lost[1]:.2g}; within: {within}")
-    return head | result
+    return head | {"dtype": [*result]} | result
 
 
 def bench_profile(args) -> dict:

@@ -4,9 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads slow shared cores down
-if (
-    os.environ.get("HATLLM_TEST_DEVICE") != "cuda"
-):  # the tests are of a CPU's bits, tests/test_cuda.py alone is of a GPU
+if os.environ.get("HATLLM_TEST_DEVICE") != "cuda":  # all tests but tests/test_cuda.py compare a CPU's bits
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import random  # noqa: E402
 from contextlib import contextmanager  # noqa: E402

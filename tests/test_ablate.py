@@ -287,7 +287,7 @@ def test_the_table_of_the_docs(tmp_path, monkeypatch):
         shutil.copy(file, tmp_path)
     for file in (REPO / "docs/runs").glob("*.run.json"):
         shutil.copy(file, tmp_path)
-        found, want = ablate.read_run(file, 0, np.inf), read_json(file)["results"]
+        found, want = ablate.read_row(file, 0, np.inf), read_json(file)["results"]
         for name, value in found["metrics"].items():  # a record has three digits of a window's nats
             assert value == pytest.approx(want.get(name, value), abs=5e-5 if name == "nll" else 1e-6)
         assert len(found["nll"]) == want["n"]

@@ -542,7 +542,7 @@ def test_collate():
     assert b.rows.tolist() == [n * T + a for n, c in enumerate(coded) for a in c["at"]]
     trie, following = cat.trie, [v for c in coded for v in c["next"].tolist()]
     assert b.next.tolist() == following and trie.columns[trie.column[b.next]].tolist() == trie.token[b.next].tolist()
-    assert b.parents[b.place].tolist() == trie.parent[following].tolist() and len(b.parents) == len(
+    assert b.parents[b.parent].tolist() == trie.parent[following].tolist() and len(b.parents) == len(
         {*b.parents.tolist()}
     )
     assert b.M == sum(int((trie.parent[1:] == parent).sum()) for parent in b.parents)

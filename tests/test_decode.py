@@ -97,8 +97,8 @@ def test_search_is_brute_force(plan, score):
     t, truth = trie(), brute(plan, score)
     few = ((10, 1, 1024), (10, 50, 1024))
     more = ((1, 1, 1024), (1, 4, 1024), (3, 2, 1024), (t.n_leaves, 30, 1024), (10, 99, 0))  # nothing overflows 99
-    for k, width, limit in few + more if plan == HAT else few:
-        r, best = Decoder(model(plan), t, score).search(*prompts(), k, width, limit), truth.topk(k)
+    for k, width, patience in few + more if plan == HAT else few:
+        r, best = Decoder(model(plan), t, score).search(*prompts(), k, width, patience), truth.topk(k)
         assert r.leaf.tolist() == best.indices.tolist() and close(r.score, best.values) and r.exact.all()
 
 
@@ -137,7 +137,7 @@ def test_certificate(score):
         d = Decoder(tiny_model(HAT, seed + 1), t, score)
         truth = score_all(d, *prompts()).topk(5).indices
         for width in (1, 5, 12, 40):
-            r = d.search(*prompts(), 5, width, limit=0)
+            r = d.search(*prompts(), 5, width, patience=0)
             said += r.exact.tolist()
             right += (r.leaf == truth).all(1).tolist()
     assert all(ok for sure, ok in zip(said, right, strict=True) if sure)
@@ -160,43 +160,43 @@ def test_small_catalogues(kind, score):
 @pytest.mark.parametrize("score", SCORES)
 def test_a_batch_is_its_users_one_by_one(score):
     """Catches padding or other users' columns that reach someone, a user for whom the model is flat and who holds up
-    the others, and a limit on the batch: lists and tokens read are those of each user alone."""
+    the others, and patience of the batch: lists and tokens read are those of each user alone."""
     d = Decoder(tiny_model(HAT, 5), trie(), score)
     n = torch.randint(8, 20, (4,)).tolist()
     item = torch.tensor([[0, 1, 1, 0, 2, 2, 2, *[0] * (x - 7), *[-1] * (20 - x)] for x in n])
     tokens = torch.randint(5, 40, (4, 20))
     busy = d.search(tokens, item, 5, 1).fed
     assert busy.max() > 1.25 * busy.min()
-    for width, limit in ((3, 1024), (1, int(busy.min()) // 2), (2, 5), (2, 8), (4, 8)):
-        r = d.search(tokens, item, 5, width, limit=limit)
-        assert width in (2, 4) or bool(r.exact.all()) == (limit == 1024)
+    for width, patience in ((3, 1024), (1, int(busy.min()) // 2), (2, 5), (2, 8), (4, 8)):
+        r = d.search(tokens, item, 5, width, patience=patience)
+        assert width in (2, 4) or bool(r.exact.all()) == (patience == 1024)
         for b, length in enumerate(n):
-            one = d.search(tokens[b : b + 1, :length], item[b : b + 1, :length], 5, width, limit=limit)
+            one = d.search(tokens[b : b + 1, :length], item[b : b + 1, :length], 5, width, patience=patience)
             assert (one.leaf[0].tolist(), one.fed, one.exact) == (r.leaf[b].tolist(), r.fed[b], r.exact[b])
             assert close(one.score[0].clamp(min=-99), r.score[b].clamp(min=-99))  # -inf: no title
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("limit", [0, 1, 20])
-def test_limit_ends_the_search_honestly(limit, score):
+@pytest.mark.parametrize("patience", [0, 1, 20])
+def test_patience_ends_the_search_honestly(patience, score):
     """Catches an endless loop, wrong scores or order of what was found, and a certificate where titles are missing."""
     truth = brute("OR", score)
-    r = Decoder(model("OR"), trie(), score).search(*prompts(), 10, 1, limit=limit)
+    r = Decoder(model("OR"), trie(), score).search(*prompts(), 10, 1, patience=patience)
     for b in range(3):
         found = r.leaf[b][r.leaf[b] >= 0]
         assert len(found) and close(r.score[b, : len(found)], truth[b, found])
         assert (r.score[b, len(found) :] == -torch.inf).all() and r.score[b].tolist() == sorted(r.score[b])[::-1]
         assert not r.exact[b] or r.leaf[b].tolist() == truth[b].topk(10).indices.tolist()
-    assert limit == 20 or not r.exact.any()
+    assert patience == 20 or not r.exact.any()
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_what_waits_is_dropped_at_the_limit(score):
-    """At once, so that a limit which the first beam spends is a plain beam search."""
+def test_what_overflowed_is_dropped_when_patience_ends(score):
+    """At once, so that patience which the first beam spends is a plain beam search."""
     t, one = trie(), [x[:1] for x in prompts()]
     d = Decoder(model(HAT), t, score)
-    beam = d.search(*one, 10, 1, limit=0)
-    assert d.search(*one, 10, 1, limit=int(beam.fed)).fed == beam.fed < d.search(*one, 10, 1).fed
+    beam = d.search(*one, 10, 1, patience=0)
+    assert d.search(*one, 10, 1, patience=int(beam.fed)).fed == beam.fed < d.search(*one, 10, 1).fed
 
 
 def test_divide_by_its_example():

@@ -319,7 +319,7 @@ WRONG = dict(
     + [LLAMA3 | x for x in ({"factor": 0.0}, {"factor": "8"})]
     + [{"rope_type": "default", "rope_theta": theta} for theta in (None, "1e4", 0, -1.0, float("inf"))],
     eos_token_id=[64, -1, "3", None, [], ["3"], 1.0], tie_word_embeddings=["yes", 1], hatllm_plan=["XX", 3, []],
-    rope_scaling=[{"rope_type": "linear", "factor": 2.0}],
+    rope_scaling=[{"rope_type": "linear", "factor": 2.0}], model_type=[["llama"]],
 )  # fmt: skip
 
 
