@@ -430,7 +430,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
-        raise InputError(f"{path}: not a tokenizer ({e})") from None
+        raise InputError(f"{path}: not a tokenizer ({e}); transformers' AutoTokenizer can save one") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if hasattr(tokenizer.model, "dropout"):
@@ -444,7 +444,8 @@ class Catalogue:
 
     def __init__(self, titles: list[str], tokenizer: Tokenizer, c: Config, texts=None, candidates=None):
         tokenizer.encode_special_tokens = False  # PROMPT may be a chat template, with tokens as '<|im_start|>'
-        self.instruction, self.separator, self.header = encode_all(tokenizer, PROMPT)
+        (self.instruction,) = encode_all(tokenizer, PROMPT[:1])
+        self.separator, self.header = (encode_after(tokenizer, part) for part in PROMPT[1:])
         tokenizer.encode_special_tokens = True  # a title that spells one is text
         texts = titles if texts is None else texts
         self.titles = encode_all(tokenizer, titles)
@@ -452,12 +453,14 @@ class Catalogue:
         self.texts = [t[: TEXT_TOKENS or None] for t in shown]
         probe = tokenizer.encode("a")
         self.bos = np.array(probe.ids[: (*probe.special_tokens_mask, 0).index(0)], int)  # as Llama 3's puts first
+        if self.instruction[: len(self.bos)].tolist() == self.bos.tolist():
+            self.bos = self.bos[:0]  # a chat template brings its own
         prompt, written = (self.bos, self.instruction, self.separator, self.header), (*self.titles, *self.texts)
         if (most := max(int(tokens.max(initial=0)) for tokens in (*prompt, *written))) >= c.vocab_size:
             raise InputError(f"the tokenizer has a token {most}, but the model has {c.vocab_size}; are they a pair?")
         for text, tokens in zip((*titles, *texts), written, strict=True):
             if not len(tokens) or c.eos_token_id in tokens:
-                what = f"holds the end token {c.eos_token_id}" if len(tokens) else "has no tokens"
+                what = f"holds the end token {c.eos_token_id} of config.json" if len(tokens) else "has no tokens"
                 raise InputError(f"{text!r:.60} {what} under the model's tokenizer; give it another title or tokenizer")
         self.text_start = np.cumsum([0] + [len(t) for t in self.texts])  # of a text's tokens, among those of all
         chosen = set(range(len(titles)) if candidates is None else candidates)
@@ -467,6 +470,10 @@ class Catalogue:
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             if leaf >= 0:
                 self.bearers[leaf].append(i)
+        alike = [{titles[i] for i in group} for group in self.bearers if len(group) > 1]
+        if alike := [sorted(group)[:2] for group in alike if len(group) > 1]:
+            a, b = alike[0]
+            print(f"warning: {len(alike):,} titles are others' to the tokenizer, as {a!r} and {b!r}", file=sys.stderr)
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """tokens, item of the instruction and the texts, and how many tokens the first k = 0, 1, .. items take."""
@@ -513,6 +520,12 @@ def encode_all(tokenizer: Tokenizer, texts) -> list[np.ndarray]:
     except Exception as e:  # the library raises a bare Exception
         raise InputError(f"the model's tokenizer cannot encode the titles ({e})") from None
     return ids
+
+
+def encode_after(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """A text that follows another one. Alone, SentencePiece would mark where it begins."""
+    alone, a, both = encode_all(tokenizer, (text, "a", "a" + text))
+    return both[len(a) :] if both[: len(a)].tolist() == a.tolist() else alone
 
 
 # --- Batches --------------------------------------------------------------------------------------------------------

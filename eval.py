@@ -165,7 +165,7 @@ def predict(decoder: Decoder, cat: Catalogue, d: Dataset, windows: list[Window],
             for i, w, p in zip(at, some, found, strict=True):
                 own = {"user": w.user, "history": [d.ids[x] for x in w.history]}
                 own |= {"target": d.ids[w.target]} if targets else {}
-                titles = [d.titles[group[0]] for group in p["items"]]
+                titles = [" / ".join(dict.fromkeys(d.titles[x] for x in group)) for group in p["items"]]
                 items = [[d.ids[x] for x in group] for group in p["items"]]
                 predictions[i] = own | p | {"items": items, "titles": titles}
             bar.update(len(at))
@@ -464,6 +464,8 @@ def print_recommendations(r: Recommender, args):
     print(f"after {' | '.join(r.d.titles[i] for i in window.history)}\n{'score':>9}  item    title")
     for ids, score, title in zip(p["items"], p["scores"], p["titles"], strict=True):
         print(f"{score:9.3f}  {','.join(ids):<7} {title}")
+    if not p["exact"]:
+        print("not certain: other titles may score more; a higher --patience looks for them")
 
 
 def write_recommendations(r: Recommender, args, world: World):
@@ -476,7 +478,7 @@ def write_recommendations(r: Recommender, args, world: World):
         own = args.histories == "all"
         return iter(r.d.future.values()) if own else data.read_histories(Path(args.histories), r.d.ids)
 
-    windows, users = histories(), sum(1 for _ in histories())
+    windows, users, certain = histories(), sum(1 for _ in histories()), 0
     part = path.with_name(f"{path.name}.part{world.rank}-{os.getpid()}")
     r.decoder.remember(r.cat.texts)
     try:
@@ -487,13 +489,14 @@ def write_recommendations(r: Recommender, args, world: World):
             file.write("user_id\trank\titem_id\ttitle\tscore\n")
             while some := list(itertools.islice(windows, USERS)):
                 for p in world.gather(predict(r.decoder, r.cat, r.d, some[world.rank :: world.size], args)):
+                    certain += p["exact"]
                     for n, ids in enumerate(p["items"]):
                         own = f"{p['titles'][n]}\t{p['scores'][n]:.4f}\n"
                         file.writelines(f"{p['user']}\t{n + 1}\t{i}\t{own}" for i in ids)
                 bar.update(len(some))
         if world.rank == 0:
             os.replace(part, path)
-            print(f"recommendations for {users:,} users, written to {path}")
+            print(f"recommendations for {users:,} users, {certain:,} of them exact (--patience), written to {path}")
     finally:
         part.unlink(missing_ok=True)
 

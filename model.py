@@ -409,7 +409,7 @@ def peft_name(name: str) -> str | None:
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
-        raise InputError(f"{file} is missing; a model's folder holds config.json, tokenizer.json and *.safetensors")
+        raise InputError(f"{file} is missing; transformers saves folders of config.json, tokenizer.json, *.safetensors")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as e:

@@ -186,11 +186,15 @@ class Run:
         self.per_epoch = math.ceil(len(self.pool) / args.batch)
         self.steps = math.ceil(args.epochs * self.per_epoch) or args.max_steps
         self.params = [p for p in self.model.parameters() if p.requires_grad]
+        longest = data.longest(self.cat, self.pool, self.trie_only) if gpu or self.base else 0
+        most = self.model.config.max_position_embeddings
+        if self.base and longest > most and self.world.rank == 0:
+            print(f"warning: the longest text has {longest:,} tokens, the model was made for {most:,}; see HISTORY")
         self.pack = gpu  # several texts in a row
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
             self.tokens = args.tokens or fitting_tokens(self)
             self.look_every = LOOK_EVERY if self.world.size == 1 else 5  # torchrun waits 30 s after Ctrl-C, then kills
-            self.row = round_up(max(min(ROW, self.tokens), data.longest(self.cat, self.pool, self.trie_only)), 128)
+            self.row = round_up(max(min(ROW, self.tokens), longest), 128)
         else:  # a CPU takes small forwards of texts that are about as long as each other
             self.tokens, self.look_every = args.tokens or 1024, 1
             self.row = 64 if args.compile else 1  # the length of rows is a multiple of it, for few shapes
@@ -534,10 +538,9 @@ def check_same(old: dict, run: Run):
     was, now = (usual | c | c["constants"] for c in (old, run.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n, v) != v]
     if changed:
-        raise InputError(
-            f"--resume: {'; '.join(changed)} (digest: the files of the data or base). Flags need not be given again. "
-            "To train a finished model on: --model best-STEP --lora 0, the rest as it was"
-        )
+        changed = f"{'; '.join(changed)} (digest: the files of the data or base). Flags need not be given again"
+        further = ". To train a finished model on: --model best-STEP --lora 0, the rest as it was"
+        raise InputError(f"--resume: {changed}{further if not run.args.lora else ''}")
 
 
 # --- The command line -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import data_root, refuses, tiny_config
-from tokenizers import processors
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
 import data
 from data import HISTORY, Catalogue, Example, Trie, Window
@@ -397,6 +397,19 @@ def test_the_prompt_may_be_a_chat_template(monkeypatch, whole):
         cat = catalogue(t)
         assert (*cat.instruction, *cat.header) == (t.token_to_id("<s>"), 0)
         assert [t.tolist() for t in cat.titles] == [t.tolist() for t in catalogue(tokenizer).titles]
+    cat = catalogue(tokenizer_of_odd("<s> $A"))
+    assert cat.prompt([0])[0].tolist().count(tokenizer.token_to_id("<s>")) == 1  # it begins with bos, as Llama 3's does
+
+
+def test_only_titles_begin_anew():
+    """SentencePiece marks where a text begins. A separator follows a title, so no mark belongs between them."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?", byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    titles = ["red pen", "ink well"]
+    tokenizer.train_from_iterator([*titles, *data.PROMPT, "a"], trainers.BpeTrainer(special_tokens=["?"]))
+    cat = Catalogue(titles, tokenizer, tiny_config(vocab_size=tokenizer.get_vocab_size()))
+    shown = "".join(tokenizer.id_to_token(t) for t in cat.prompt([0, 1])[0].tolist())
+    assert shown == "_The_user_bought,_oldest_first:\n_red_pen\n_ink_well\nNext:\n"
 
 
 def test_a_history_shows_texts_and_the_target_is_a_title(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import refuses
 from test_train import command, files, lines, small_and_single, write_data  # noqa: F401
+from tokenizers import normalizers
 
 import data
 import eval as ev
@@ -210,6 +211,25 @@ def test_names(made, whole, tmp_path):
     assert [len(r.top_k([["i1"]], k)[0]["titles"]) for k in (None, 2, None)] == [3, 2, 3]
 
 
+def test_titles_that_are_one_to_the_tokenizer(made, tmp_path, monkeypatch, capsys):
+    """Catches an item under the title of another one, and a catalogue that shrinks without a word."""
+    tokenizer = data.read_tokenizer(ev.newest(made, "best"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    monkeypatch.setattr(data, "read_tokenizer", lambda folder: tokenizer)
+    r = Recommender(made, catalogue=catalogue(made.parent / "shop", tmp_path / "items.tsv", i1="A Pen", i2="a PEN"))
+    assert "1 titles" in (warned := capsys.readouterr().err) and "'A Pen' and 'a PEN'" in warned
+    (p,) = r.top_k([["i3"]], k=40)
+    assert [t for ids, t in zip(p["items"], p["titles"], strict=True) if "i1" in ids] == ["A Pen / a PEN"]
+
+
+def test_what_is_not_certain_is_said(made, own, tmp_path, capsys):
+    for flags, certain in (([], True), (["--patience", "0", "--beam", "1", "--k", "20"], False)):
+        ev.main(["--out", str(made), "--recommend", "i3", *flags])
+        assert ("not certain" in capsys.readouterr().out) != certain
+    ev.main(["--out", str(own), "--histories", "all", *flags])
+    assert "60 users, 0 of them exact" in capsys.readouterr().out
+
+
 def read(path: Path) -> dict[str, list[tuple]]:
     """user -> rows (rank, id, title, score)."""
     header, *rows = (line.split("\t") for line in path.read_text().splitlines())
@@ -236,7 +256,9 @@ def test_the_file_is_top_k(own, whole, tmp_path, monkeypatch, capsys):
         found = read(Path(flags[1]) if flags else own / "recommendations.tsv")
         assert found == {u: flat(p) for u, p in zip(histories, whole.top_k([*histories.values()], k), strict=True)}
         assert list(found) == list(histories) and len({row[0] for row in found["user 0"]}) == min(k, 39)
-    assert "5 users, written to" in capsys.readouterr().out and not [*tmp_path.glob("*.part*")]
+    assert "5 users, 5 of them exact (--patience), written to" in capsys.readouterr().out and not [
+        *tmp_path.glob("*.part*")
+    ]
 
 
 def test_all_users_of_the_data(own, capsys):
@@ -268,7 +290,7 @@ def test_a_file_is_read_as_it_is_needed(own, tmp_path, monkeypatch):
 
     def predict(decoder, cat, d, windows, args):
         ahead.append((given[-1], len(windows)))
-        return [{"user": w.user, "items": [], "titles": [], "scores": []} for w in windows]
+        return [{"user": w.user, "items": [], "titles": [], "scores": [], "exact": True} for w in windows]
 
     monkeypatch.setattr(data, "read_histories", reading)
     monkeypatch.setattr(ev, "predict", predict)
@@ -304,7 +326,7 @@ def test_processes_share_the_work(rank, users, own, tmp_path):
             self.rank, self.size = rank, 2
 
         def gather(self, values: list) -> list:
-            other = {"user": "of the other process", "items": []}
+            other = {"user": "of the other process", "items": [], "exact": True}
             return [values[n // 2] if n % 2 == rank else other for n in range(5)]
 
     path = table(tmp_path / "h.tsv", "user_id|item_ids", *(f"u{n}|i{n}" for n in range(5)))

@@ -403,7 +403,7 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
     refused("lr was 0.02, now it is 0.01", lr=0.01)
     refused("seed was 0, now it is 1", seed=1)
     refused("covers 0 layers", plan="")
-    refused("max_steps was 1, now it is 2", "--model best-STEP", max_steps=2)
+    refused("max_steps was 1, now it is 2", max_steps=2)
     for module, name, value in ((train, "CLIP", 0.5), (data, "HISTORY", 9)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
