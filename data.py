@@ -100,7 +100,7 @@ def read_times(where: str, text: str, n: int) -> list[float]:
     except ValueError:
         times = []
     if len(times) != n or not all(map(math.isfinite, times)):
-        raise InputError(f"{where}: '{text:.40}' is not {n} numbers: one time an item, in seconds or days")
+        raise InputError(f"{where}: '{text:.40}' is not {n} numbers: one time per item, in seconds or days")
     return times
 
 
@@ -122,7 +122,7 @@ def read_sequences(folder: Path, index: dict[str, int]) -> dict[str, list[tuple[
         if any(a > b for a, b in itertools.pairwise(times)):
             raise InputError(f"{where}: the times of user {row['user_id']} are not in ascending order")
         if row["user_id"] in users:
-            raise InputError(f"{where}: user {row['user_id']} stands in the file already; one line a user")
+            raise InputError(f"{where}: user {row['user_id']} stands in the file already; one line per user")
         users[row["user_id"]] = list(zip(items, times, strict=True))
         if TIES == "shuffled":
             random.Random(row["user_id"]).shuffle(users[row["user_id"]])

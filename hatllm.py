@@ -205,14 +205,14 @@ def mark_dynamic(*found):
 # --- python hatllm.py: the masks of a small example -----------------------------------------------------------------
 
 
-def draw(kinds=KINDS) -> str:
+def draw() -> str:
     """The masks side by side, queries down and keys across: # own item, + other item, o context, . hidden."""
     words, item = "Bought: red pen , ink well . Next: paper clip".split(), [0, 1, 1, 0, 2, 2, 0, 0, TARGET, TARGET]
     lay, wide = layout(torch.tensor([item])), max(map(len, words)) + 1
-    lines = [" " * wide + "  ".join(f"{kind:<{len(item)}}" for kind in kinds)]
+    lines = [" " * wide + "  ".join(f"{kind:<{len(item)}}" for kind in KINDS)]
     for i, word in enumerate(words):
         cells = []
-        for kind in kinds:
+        for kind in KINDS:
             seen = mask(kind, lay.item, lay.sees)[0, i].tolist()
             signs = ["o" if not (item[i] and k) else "#" if item[i] == k else "+" for k in item]
             cells.append("".join(signs[j] if seen[j] else "." if j <= i else " " for j in range(len(item))))

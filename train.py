@@ -521,7 +521,7 @@ def prepare_out(run: Run) -> int:
 
 
 def lock(out: Path) -> int:
-    """One run a folder -> what holds the lock until it is closed, or the process ends."""
+    """One run per folder -> what holds the lock until it is closed, or the process ends."""
     held = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

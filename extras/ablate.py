@@ -437,7 +437,7 @@ def show_curves(args):
 
 
 def draw(path: str, panels: dict[str, list], columns: int):
-    """title -> lines (label, x, y), so many panels a row, into a png file."""
+    """title -> lines (label, x, y), so many panels in a row, into a png file."""
     try:
         from matplotlib import figure, rcParams
     except ImportError:

@@ -276,7 +276,7 @@ def mfu(model: Llama, tokens_per_s: float, machine: str) -> float | None:
 
 
 def bench_train(args) -> dict:
-    """last: one target a prompt, and the model learns. all: every item is a target; nothing is learnt."""
+    """last: one target per prompt, and the model learns. all: every item is a target; nothing is learnt."""
     (r, _, head), rows, rng = set_up(args), [], np.random.default_rng(0)
     theirs = transformers_model(r.model if args.lora else copy.deepcopy(r.model))
     if args.lora:  # without dropout, which could not be the same on both sides

@@ -4,7 +4,7 @@
     python -m extras.sasrec --data beauty --split loo --seeds 3        # leave one out; mean over three seeds
     python -m extras.sasrec --hidden 64 128 --dropout 0.5 0.2          # the best of a grid, by validation
 
-SASRec (Kang and McAuley, 2018) with a sampled softmax in place of one negative a target: item and position embeddings,
+SASRec (Kang and McAuley, 2018) with a sampled softmax instead of one negative per target: item and position embeddings,
 a causal transformer, the item embeddings again as output. Every next item of the training interactions is a target.
 Configuration and epoch are chosen by NDCG@10 on validation. All items are ranked.
 Shapes: B sequences, T items, N targets.
