@@ -470,10 +470,10 @@ class Catalogue:
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             if leaf >= 0:
                 self.bearers[leaf].append(i)
-        alike = [{titles[i] for i in group} for group in self.bearers if len(group) > 1]
-        if alike := [sorted(group)[:2] for group in alike if len(group) > 1]:
-            a, b = alike[0]
-            print(f"warning: {len(alike):,} titles are others' to the tokenizer, as {a!r} and {b!r}", file=sys.stderr)
+        different = [sorted({titles[i] for i in group}) for group in self.bearers]
+        if alike := [names for names in different if len(names) > 1]:
+            first, n = " and ".join(map(repr, alike[0][:2])), len(alike)
+            print(f"warning: {first} are one title to the tokenizer; there are {n:,} such cases", file=sys.stderr)
 
     def trunk(self, history) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """tokens, item of the instruction and the texts, and how many tokens the first k = 0, 1, .. items take."""
@@ -523,7 +523,7 @@ def encode_all(tokenizer: Tokenizer, texts) -> list[np.ndarray]:
 
 
 def encode_after(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """A text that follows another one. Alone, SentencePiece would mark where it begins."""
+    """The tokens of a text that follows another one. Alone, SentencePiece would mark where it begins."""
     alone, a, both = encode_all(tokenizer, (text, "a", "a" + text))
     return both[len(a) :] if both[: len(a)].tolist() == a.tolist() else alone
 

@@ -161,8 +161,8 @@ def shorten(x: Tensor, rows: Tensor, lay: Layout) -> tuple[Tensor, Tensor, Layou
     sees = lay.sees.take_along_dim(at[:, :, None], 1).take_along_dim(at[:, None, :], 2)  # (B, S, S)
     sees = (sees & there[:, None, :]) | torch.eye(S, dtype=torch.bool, device=x.device)
     item = lay.item.gather(1, at).where(there, -1)
-    b, t = rows // T, rows % T
-    rows = b * S + ((places[b] < t[:, None]) & there[b]).sum(1)  # so many needed tokens come before
+    earlier = torch.zeros_like(lay.item).scatter_add(1, at, there.long()).cumsum(1) - 1  # (B, T) needed tokens before
+    rows = rows // T * S + earlier.flatten()[rows]
     return x.take_along_dim(at[:, :, None], 1), rows, Layout(item, lay.pos.gather(1, at), sees)
 
 

@@ -83,12 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(float, 0, 10**6), default=0.0, help="passes over the examples, in place of max_steps")
     add("--batch", type=number(int, 1), default=16, help="examples in a step, on any hardware (default: %(default)s)")
     add("--seed", type=count, default=0, help="of the initial weights, the order of the examples, dropout")
-    add(
-        "--tokens",
-        type=count,
-        default=0,
-        help="tokens in a forward; fewer need less memory; 0: as fits a GPU; a CPU: 1024",
-    )
+    add("--tokens", type=count, default=0, help="tokens in a forward; 0: as many as fit a GPU, 1024 on a CPU")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where it is faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block")
     add("--eval_every", type=number(int, 1), default=1000, help="steps between two validations, each with a checkpoint")
