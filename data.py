@@ -470,8 +470,9 @@ class Catalogue:
         for i, leaf in enumerate(self.trie.leaf_of_item.tolist()):
             if leaf >= 0:
                 self.bearers[leaf].append(i)
-        different = [sorted({titles[i] for i in group}) for group in self.bearers]
-        if alike := [names for names in different if len(names) > 1]:
+        shared = [{titles[i] for i in group} for group in self.bearers if len(group) > 1]
+        alike = [sorted(names) for names in shared if len(names) > 1]
+        if alike:
             first, n = " and ".join(map(repr, alike[0][:2])), len(alike)
             print(f"warning: {first} are one title to the tokenizer; there are {n:,} such cases", file=sys.stderr)
 

@@ -184,7 +184,8 @@ class Run:
         longest = data.longest(self.cat, self.pool, self.trie_only) if gpu or self.base else 0
         most = self.model.config.max_position_embeddings
         if self.base and longest > most and self.world.rank == 0:
-            print(f"warning: the longest text has {longest:,} tokens, the model was made for {most:,}; see HISTORY")
+            what = f"the longest text has {longest:,} tokens, the model was made for {most:,}; see HISTORY"
+            print(f"warning: {what}", file=sys.stderr)
         self.pack = gpu  # several texts in a row
         if gpu:  # all rows are of one length, of whole blocks of 128: the kernel is compiled for every length
             self.tokens = args.tokens or fitting_tokens(self)
@@ -533,9 +534,9 @@ def check_same(old: dict, run: Run):
     was, now = (usual | c | c["constants"] for c in (old, run.config))
     changed = [f"{n} was {was.get(n)}, now it is {v}" for n, v in now.items() if n not in free and was.get(n, v) != v]
     if changed:
-        changed = f"{'; '.join(changed)} (digest: the files of the data or base). Flags need not be given again"
+        what = f"{'; '.join(changed)} (digest: the files of the data or base)"
         further = ". To train a finished model on: --model best-STEP --lora 0, the rest as it was"
-        raise InputError(f"--resume: {changed}{further if not run.args.lora else ''}")
+        raise InputError(f"--resume: {what}. Flags need not be given again{'' if run.args.lora else further}")
 
 
 # --- The command line -----------------------------------------------------------------------------------------------

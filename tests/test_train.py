@@ -313,6 +313,8 @@ def test_a_finished_run_resumed_prints_its_table_again(own, shop, run, capsys, m
     monkeypatch.setattr(train, "update", None)
     assert train.main([*command(shop, own), "--resume"])
     assert "test split, 7 windows" in capsys.readouterr().out
+    with refuses("max_steps was 8, now it is 9", "--model best-STEP"):
+        train.main([*command(shop, own, max_steps=9), "--resume"])
     assert_same_run(run, own)
 
 
@@ -404,6 +406,9 @@ def test_resume_goes_on_with_the_same_run_only(base, tmp_path, monkeypatch):
     refused("seed was 0, now it is 1", seed=1)
     refused("covers 0 layers", plan="")
     refused("max_steps was 1, now it is 2", max_steps=2)
+    with pytest.raises(hatllm.InputError) as advice:
+        train.main([*command(shop, out, **flags | {"max_steps": 2}), "--resume"])
+    assert "best-STEP" not in str(advice.value), "which holds adapters alone"
     for module, name, value in ((train, "CLIP", 0.5), (data, "HISTORY", 9)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
@@ -631,6 +636,13 @@ def test_dropout_is_drawn_by_seed_step_and_process(shop):
         train.update(r, n, batch, 1e-3)
         drawn.add(torch.initial_seed())
     assert len(drawn) == 8
+
+
+@pytest.mark.parametrize("most", [8, 2048])
+def test_a_text_longer_than_the_model_was_made_for_is_named(most, shop, tmp_path, capsys):
+    folder = write_base(tmp_path / "base", shop, max_position_embeddings=most)
+    train.Run(flags_of(*command(shop, Path("unused"), folder)))
+    assert ("the model was made for 8;" in capsys.readouterr().err) == (most == 8)
 
 
 @pytest.mark.parametrize("lora, frozen", [(4, torch.bfloat16), (0, torch.float32)])
